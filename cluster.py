@@ -1,0 +1,178 @@
+"""Stage 1: clusters the training images within each group (class x attribute).
+
+    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k auto --out runs/digits-0.95/clusters
+    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k 3 --out /tmp/clusters
+
+CLIP image embeddings, then k-means within each group (paper, "Clustered DreamBooth"), so that no diffusion model
+has to carry too much variation. With `--k auto` the number of clusters is the one with the best silhouette.
+No cluster is smaller than --min-size: smaller ones join their nearest, a group too small to split stays whole.
+
+Reads DATA/metadata.csv and its images of split train. Writes OUT/metadata.csv (the same rows, with a column
+`cluster`, an integer from 0 within the group, largest first), OUT/<group>.png (a contact sheet, rows = clusters)
+and OUT/config.json.
+"""
+
+import os
+from pathlib import Path
+
+from data import imagefolder as folder
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def group_clusters(embeddings, k, k_max, min_size, seed):
+    """Clusters one group.
+
+    embeddings: (N, D) float array of unit length. k: an int, or "auto" for the best silhouette in 2..k_max.
+    Returns labels (N,) int from 0, largest cluster first; all 0 where the group is too small to split.
+    """
+    from sklearn.metrics import silhouette_score
+
+    largest = min(k_max if k == "auto" else k, len(embeddings) // min_size)
+    candidates = [kmeans(embeddings, n, min_size, seed) for n in (range(2, largest + 1) if k == "auto" else [largest])
+                  if n > 1]
+    candidates = [labels for labels in candidates if labels.max() > 0]
+    if not candidates:
+        return [0] * len(embeddings)
+    return max(candidates, key=lambda labels: silhouette_score(embeddings, labels))
+
+
+def kmeans(embeddings, k, min_size, seed):
+    """k-means whose clusters smaller than min_size are dissolved, smallest first, each image into its nearest."""
+    import numpy as np
+    from sklearn.cluster import KMeans
+
+    fit = KMeans(k, n_init=10, random_state=seed % 2**32).fit(embeddings)
+    centres, labels = fit.cluster_centers_, fit.labels_
+    while (sizes := np.bincount(labels, minlength=len(centres))).min() < min_size:
+        centres = np.delete(centres, sizes.argmin(), axis=0)
+        labels = ((embeddings[:, None] - centres[None]) ** 2).sum(-1).argmin(1)
+    return np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")[labels]
+
+
+# ---------------------------------------------------------------------- models (later stages import these)
+
+
+def pick_device(name):
+    """A torch.device: the named one, or with "auto" the best there is: cuda, mps, cpu."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise folder.InputError("--device", f"{name} can't be used: {str(error).splitlines()[0]}", "try cpu") from None
+
+
+def load_model(read, name, flag):
+    """read(name), a from_pretrained; InputError where no such model is, or where it is not whole."""
+    try:
+        return read(name)
+    except Exception as error:  # these loaders raise OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise folder.InputError(f"{flag} {name}", f"can't be loaded: {reason}",
+                                "give a folder in diffusers layout or, with a network, a hub id") from None
+
+
+class Clip:
+    """CLIP's two towers, by folder or hub id: embeddings of unit length."""
+
+    def __init__(self, name, device):
+        from transformers import CLIPModel, CLIPProcessor
+
+        self.device = device
+        self.model = load_model(CLIPModel.from_pretrained, name, "--clip").to(device).eval().requires_grad_(False)
+        self.processor = load_model(CLIPProcessor.from_pretrained, name, "--clip")
+
+    @property
+    def size(self):
+        """Side of the images that the image tower sees, in pixels."""
+        return self.model.config.vision_config.image_size
+
+    def images(self, images):
+        """PIL images -> (N, D) float32 on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        return self._unit(self.model.vision_model(pixels).pooler_output, self.model.visual_projection)
+
+    def texts(self, texts):
+        """Prompts -> (N, D) float32 on the CPU."""
+        tokens = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
+        return self._unit(self.model.text_model(**tokens).pooler_output, self.model.text_projection)
+
+    def zero_shot(self, images, prompts):
+        """Probability of each prompt for each PIL image, (N, len(prompts)) float32 (Radford et al. 2021, 3.1)."""
+        scale = self.model.logit_scale.exp().cpu()
+        return (scale * self.images(images) @ self.texts(prompts).T).softmax(1)
+
+    @staticmethod
+    def _unit(pooled, projection):
+        import torch
+
+        return torch.nn.functional.normalize(projection(pooled).float(), dim=1).cpu()
+
+
+def embed_images(clip, data, rows, batch):
+    """CLIP embeddings of rows of metadata, (N, D) float array."""
+    import torch
+    from tqdm import tqdm
+
+    chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    return torch.cat([clip.images([folder.load_image(data / row["file_name"], clip.size) for row in chunk])
+                      for chunk in tqdm(chunks, "embed", unit="batch", mininterval=1)]).numpy()
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def number_of_clusters(text):
+    return text if text == "auto" else folder.number(int, 1)(text)
+
+
+def main():
+    parser = folder.Arguments(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder in the one format")
+    parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
+    parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters a group, or auto")
+    parser.add_argument("--k-max", type=folder.number(int, 1), default=5, help="most clusters that auto tries")
+    parser.add_argument("--min-size", type=folder.number(int, 1), default=10, help="least images a cluster (ours)")
+    parser.add_argument("--batch", type=folder.number(int, 1), default=64, help="images embedded at once")
+    parser.add_argument("--seed", type=int, default=0, help="of k-means")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args()
+    rows = folder.read_metadata(args.data, "train")
+
+    clip = Clip(args.clip, pick_device(args.device))
+    embeddings = embed_images(clip, args.data, rows, args.batch)
+    with folder.replacing(args.out) as out:
+        out.mkdir()
+        for group, count in folder.group_counts(rows).items():
+            members = [i for i, row in enumerate(rows) if folder.group_of(row) == group]
+            labels = group_clusters(embeddings[members], args.k, args.k_max, args.min_size,
+                                    folder.seed_of(args.seed, group))
+            for i, label in zip(members, labels):
+                rows[i]["cluster"] = int(label)
+            save_sheet(out / f"{group}.png", args.data, [rows[i] for i in members])
+            print(f"{group}: {count} images in clusters of {[list(labels).count(c) for c in range(max(labels) + 1)]}")
+        link_images(out, args.data, rows)
+        folder.write_csv(out / "metadata.csv", rows)
+        key = folder.digest(folder.folder_digest(args.data, rows), folder.model_digest(args.clip))
+        folder.write_config(out, args, key)
+
+
+def save_sheet(path, data, rows):
+    """A row of up to 20 images a cluster."""
+    clusters = [[row for row in rows if row["cluster"] == c] for c in range(1 + max(row["cluster"] for row in rows))]
+    images = [[folder.load_image(data / row["file_name"], 64) for row in members[:20]] for members in clusters]
+    folder.contact_sheet(images, [f"c{c} ({len(members)})" for c, members in enumerate(clusters)]).save(path)
+
+
+def link_images(out, data, rows):
+    """Links in `out` by which its file_names lead to the images of `data`: nothing is copied."""
+    for top in sorted({Path(row["file_name"]).parts[0] for row in rows}):
+        (out / top).symlink_to(os.path.relpath(data / top, out))
+
+
+if __name__ == "__main__":
+    folder.run(main)

@@ -1,0 +1,307 @@
+"""The one format that every stage reads and writes, and how a stage reads, checks and publishes files.
+
+A folder of images is a Hugging Face `imagefolder`: images, and beside them a metadata.csv with the columns
+
+    file_name   path of the image, relative to the csv, inside its folder
+    split       train, val or test (synthetic images: train)
+    y           class, an integer from 0
+    a           attribute that the class is spuriously tied to, an integer from 0
+    text        caption of the image's group: its prompt
+
+A group is a pair (y, a), written `y0-a1`. Other columns may follow.
+Nothing here needs torch, so that every script can check its input before it pays for an import.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps
+
+REQUIRED = ("file_name", "split", "y", "a", "text")
+SPLITS = ("train", "val", "test")
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "scikit-learn", "numpy", "pillow")
+
+
+class InputError(Exception):
+    """What the user handed in is wrong: `where` (a file or flag), `what` is wrong, `todo` about it."""
+
+    def __init__(self, where, what, todo):
+        super().__init__(f"{where}: {what} ({todo})")
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse whose help is the script's docstring and whose every error is one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+Flag = argparse.BooleanOptionalAction
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: an `int` or a `float` in [low, high]; NaN is refused."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def shard_of(text):
+    """An argparse type: `i/n`, the i-th (from 0) of n shards."""
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n") from None
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"{text}: shards count from 0/n to n-1/n")
+    return i, n
+
+
+def run(main):
+    """Runs a script's main(): a wrong input or a full disk is one line and status 2, Ctrl-C one line and 130."""
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # make -j ends its children with SIGTERM
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_last_words(f"{script}: error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_last_words(f"{script}: interrupted (the same command goes on from here)", 130))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.exit(_last_words(f"{script}: error: {error.filename or 'disk'}: {error.strerror} "
+                             f"(the same command goes on once this is mended)", 2))
+
+
+def _last_words(line, status):
+    print(line.replace("\n", " "), file=sys.stderr)
+    return status
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def group_name(y, a):
+    return f"y{y}-a{a}"
+
+
+def group_of(row):
+    """The group (y, a) of a row of read_metadata, as `y0-a1`."""
+    return group_name(row["y"], row["a"])
+
+
+def read_metadata(folder, split=None):
+    """Reads and checks folder/metadata.csv.
+
+    Returns a list of dicts, one an image, in the order of the file, with `y` and `a` as int and every other
+    column as str; only the rows of `split` where one is given. Images are looked at just enough to know that
+    they are there. Raises InputError on the first thing that is wrong.
+    """
+    path = Path(folder) / "metadata.csv"
+    if not path.is_file():
+        raise InputError(path, "no such file", "point to a folder made by data/prepare.py or an earlier stage")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(path, f"not a csv in UTF-8: {error}", "save it as UTF-8 csv") from None
+    for column in REQUIRED:
+        if columns.count(column) != 1:
+            raise InputError(path, f"column {column} stands {columns.count(column)} times in the first line",
+                             f"it needs each of {', '.join(REQUIRED)} once")
+    seen = set()
+    for line, row in enumerate(rows, start=2):
+        _check_row(path, line, row, seen)
+    rows = [row for row in rows if split in (None, row["split"])]
+    if not rows:
+        raise InputError(path, f"no image of split {split}" if split else "no images", "prepare the data again")
+    for row in rows:
+        if not (Path(folder) / row["file_name"]).is_file():
+            raise InputError(Path(folder) / row["file_name"], "named in metadata.csv and not there",
+                             "was the download moved? prepare the data again")
+    return rows
+
+
+def _check_row(path, line, row, seen):
+    """Raises InputError unless the row has all its fields; turns its labels into int."""
+    where = f"{path}, row {line}"
+    if None in row or None in row.values():
+        raise InputError(where, "another number of fields than the first line", "quote commas and newlines")
+    for label in ("y", "a"):
+        if not row[label].isascii() or not row[label].isdigit():
+            raise InputError(where, f"{label} is {row[label]!r}", "labels are integers from 0")
+        row[label] = int(row[label])
+    if row["split"] not in SPLITS:
+        raise InputError(where, f"split is {row['split']!r}", f"it is one of {', '.join(SPLITS)}")
+    name = Path(row["file_name"])
+    if not row["file_name"] or name.is_absolute() or ".." in name.parts or "\\" in row["file_name"]:
+        raise InputError(where, f"file_name {row['file_name']!r} leaves its folder", "use a path inside it")
+    if row["file_name"] in seen:
+        raise InputError(where, f"{row['file_name']} stands twice", "one row an image")
+    seen.add(row["file_name"])
+    if not row["text"].strip():
+        raise InputError(where, "text is empty", "it is the prompt of the image's group")
+
+
+def group_counts(rows):
+    """{group: number of rows}, sorted by (y, a)."""
+    counts = Counter((row["y"], row["a"]) for row in rows)
+    return {group_name(y, a): counts[y, a] for y, a in sorted(counts)}
+
+
+def group_prompts(rows):
+    """{group: its prompt}, sorted by (y, a). Raises InputError where a group's captions differ."""
+    prompts = {}
+    for row in sorted(rows, key=lambda row: (row["y"], row["a"])):
+        if prompts.setdefault(group_of(row), row["text"]) != row["text"]:
+            raise InputError("metadata.csv", f"group {group_of(row)} has several texts, {row['text']!r} is one",
+                             "one caption a group")
+    return prompts
+
+
+def load_image(path, size):
+    """An image as an RGB PIL image of size x size: upright (EXIF), on white where it is transparent,
+    shortest side resized (bicubic, antialiased), centre-cropped. Raises InputError if it can't be decoded."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
+                image = image.point(lambda value: value / 256).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(path, f"can't be read as an image: {error}", "replace or remove it") from None
+
+
+# ---------------------------------------------------------------------------------------------- publishing
+
+
+def write_csv(path, rows, columns=None):
+    """Writes dicts as csv through a hidden sibling, so that a killed process leaves the old file or the new one."""
+    columns = columns or list(rows[0])
+    with replacing(path) as hidden, open(hidden, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="raise")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path, content):
+    with replacing(path) as hidden:
+        hidden.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path):
+    """Yields a hidden sibling of `path` to write to, a file or a folder, and renames it to `path` at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.tmp")
+    remove(hidden)
+    try:
+        yield hidden
+        if path.is_dir():  # a folder can't be renamed over another: the old one goes first
+            remove(path)
+        os.replace(hidden, path)
+    finally:
+        remove(hidden)
+
+
+def remove(path):
+    """Removes a file or a folder, if it is there. A folder is renamed first: half of one must not look whole."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_name(f".{path.name.lstrip('.')}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(*parts):
+    """A short digest of JSON-able parts; a Path stands for the content of that file."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:16]
+
+
+def folder_digest(folder, rows):
+    """A digest of rows of metadata and of the bytes of their images."""
+    return digest(rows, *(Path(folder) / row["file_name"] for row in rows))
+
+
+def model_digest(folder):
+    """A digest of a local model's files, or of its name where it is a hub id."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".json", ".safetensors", ".txt"))
+    return digest(*files) if files else digest(str(folder))
+
+
+def code_digest(*scripts):
+    """A digest of this file and the given scripts: results of edited code are not results of this code."""
+    return digest(Path(__file__), *map(Path, scripts))
+
+
+def published(path, key):
+    """Whether `path`/config.json says that it was made for this key (a digest of inputs and arguments)."""
+    try:
+        return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_config(folder, args, key, **more):
+    """Writes folder/config.json: the arguments, the key, the versions of the libraries, and what else is given."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    write_json(Path(folder) / "config.json", {"key": key, "arguments": arguments, "versions": versions, **more})
+
+
+def seed_of(*parts):
+    """A 63-bit seed that hangs on the given parts alone, such as (seed, unit, index)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def contact_sheet(rows, labels, cell=64):
+    """A sheet of images a person can look at: one row of PIL images a label."""
+    left = 8 + 7 * max(map(len, labels), default=0)
+    sheet = Image.new("RGB", (left + (cell + 2) * max(map(len, rows), default=1), (cell + 2) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (images, label) in enumerate(zip(rows, labels)):
+        draw.text((4, i * (cell + 2) + cell // 2 - 6), label, fill="black")
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((cell, cell), Image.NEAREST), (left + j * (cell + 2), i * (cell + 2)))
+    return sheet

@@ -1,0 +1,377 @@
+"""Stage 2: fine-tunes the diffusion model on the training images of each group, or of each cluster of a group.
+
+    python finetune.py --method lora --base base/miniature --data data/digits-0.95 --out runs/digits-0.95/models/lora
+    python finetune.py --method dreambooth --per cluster --prior runs/digits-0.95/synthetic/vanilla \\
+        --base base/miniature --data runs/digits-0.95/clusters --out runs/digits-0.95/models/clustered
+
+Two axes give the paper's methods: what is trained (lora: low-rank updates of the UNet's attention, Hu et al. 2022;
+dreambooth: the whole UNet, Ruiz et al. 2023) and on which unit (group, cluster). Clustered DreamBooth is dreambooth
+per cluster; vanilla needs no fine-tuning. A rare identifier in the prompt stands for the unit.
+
+Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the vanilla stage's images.
+Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for plain `load_lora_weights`, or unet/ for
+`UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
+"""
+
+import sys
+from pathlib import Path
+
+from cluster import load_model, pick_device
+from data import imagefolder as folder
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def denoising_losses(unet, scheduler, noisy, noise, latents, timesteps, prompt_embeds, snr_gamma):
+    """Squared error of the predicted noise (or velocity), a mean an image: (B,) float32.
+
+    noisy, noise, latents: (B, 4, h, w); timesteps: (B,) int; prompt_embeds: (B, tokens, D).
+    snr_gamma > 0 weighs timesteps by min-SNR (Hang et al. 2023, section 3.4); 0: all alike.
+    """
+    from diffusers.training_utils import compute_snr
+
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    losses = (unet(noisy, timesteps, prompt_embeds).sample.float() - target).pow(2).mean(dim=(1, 2, 3))
+    if snr_gamma:
+        snr = compute_snr(scheduler, timesteps)
+        losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    return losses
+
+
+def training_step(models, unit, step, args):
+    """The loss of one step on one unit; every draw hangs on (seed, unit, step) alone.
+
+    With prior preservation, half of the batch are the base model's own images with the plain prompt, so that the
+    model keeps what it knows of the group (Ruiz et al. 2023, equation 2).
+    """
+    import torch
+
+    rng = torch.Generator().manual_seed(folder.seed_of(args.seed, unit.name, step))
+    parts = [(unit.images, 1.0)] + ([(unit.prior, args.prior_weight)] if unit.prior else [])
+    picks = [part.pick(step, args.batch, rng) for part, _ in parts]
+    latents = torch.cat([part.latents(pick, rng) for (part, _), pick in zip(parts, picks)]).to(models.device)
+    prompts = [part.prompts[i] for (part, _), pick in zip(parts, picks) for i in pick]
+    noise = torch.randn(latents.shape, generator=rng).to(latents)
+    timesteps = torch.randint(models.scheduler.config.num_train_timesteps, (len(latents),), generator=rng)
+    timesteps = timesteps.to(models.device)
+    with torch.autocast(models.device.type, torch.bfloat16, enabled=models.bf16):
+        losses = denoising_losses(models.unet, models.scheduler,
+                                  models.scheduler.add_noise(latents, noise, timesteps), noise, latents, timesteps,
+                                  models.prompt_embeds(prompts), args.snr_gamma)
+    return sum(weight * part.mean() for (_, weight), part in zip(parts, losses.split(args.batch)))
+
+
+def trainable_weights(models, args):
+    """Makes the weights that the method trains require gradients, in fp32, and returns them."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    models.unet.requires_grad_(False)
+    if args.method == "lora":
+        models.unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank,
+                                           init_lora_weights="gaussian",
+                                           target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        cast_training_params(models.unet)
+    else:
+        models.unet.requires_grad_(True)
+        if args.train_text_encoder:
+            models.text_encoder.requires_grad_(True)
+    return [weight for module in (models.unet, models.text_encoder) for weight in module.parameters()
+            if weight.requires_grad]
+
+
+def finetune(models, unit, args):
+    """Trains the models' weights on one unit. Returns the loss curve: [{step, loss, learning_rate}].
+
+    Raises FloatingPointError at the first loss that is no finite number.
+    """
+    import torch
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    from tqdm import trange
+
+    torch.manual_seed(folder.seed_of(args.seed, unit.name))  # LoRA's initial weights
+    weights = trainable_weights(models, args)
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    schedule = get_scheduler(args.schedule, optimizer, args.warmup, args.steps)
+    ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
+    curve = []
+    for step in trange(args.steps, desc=unit.name, mininterval=1, disable=not sys.stderr.isatty()):
+        total = 0.0
+        for part in range(args.accumulation):
+            loss = training_step(models, unit, step * args.accumulation + part, args) / args.accumulation
+            loss.backward()
+            total += loss.item()
+        if not torch.isfinite(torch.tensor(total)):
+            raise FloatingPointError(f"{unit.name}: loss is {total} at step {step} "
+                                     f"(learning rate {args.learning_rate:g}, batch {args.batch})")
+        curve.append({"step": step, "loss": round(total, 6), "learning_rate": schedule.get_last_lr()[0]})
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.step(weights)
+    if ema:
+        ema.copy_to(weights)
+    return curve
+
+
+# ------------------------------------------------------------------------------------- a unit and its images
+
+
+class Images:
+    """Images as the diffusion model sees them: moments of their latents, encoded once, and a prompt each."""
+
+    def __init__(self, models, data, rows, prompts, seed):
+        import torch
+
+        self.prompts, self.seed = prompts, seed
+        moments = [models.moments([folder.load_image(data / row["file_name"], models.size) for row in rows[i:i + 16]])
+                   for i in range(0, len(rows), 16)]
+        self.mean, self.deviation = (torch.cat(part) for part in zip(*moments))
+
+    def __bool__(self):
+        return len(self.prompts) > 0
+
+    def pick(self, step, batch, rng):
+        """Indices of the images of a step: each epoch goes through all of them in an order of its own."""
+        import torch
+
+        count, indices = len(self.prompts), []
+        for position in range(step * batch, (step + 1) * batch):
+            epoch, index = divmod(position, count)
+            if index == 0 or not indices:
+                order = torch.randperm(count, generator=torch.Generator().manual_seed(folder.seed_of(self.seed, epoch)))
+            indices.append(order[index].item())
+        return indices
+
+    def latents(self, indices, rng):
+        """Latents drawn anew from the VAE's posterior, (len(indices), 4, h, w)."""
+        import torch
+
+        noise = torch.randn(self.mean[indices].shape, generator=rng)
+        return self.mean[indices] + self.deviation[indices] * noise
+
+
+class Unit:
+    """What has weights of its own: a group, or a cluster of a group."""
+
+    def __init__(self, name, rows, prompts, prior_rows):
+        self.name, self.rows, self.row_prompts, self.prior_rows = name, rows, prompts, prior_rows
+
+    def load(self, models, args):
+        self.images = Images(models, args.data, self.rows, self.row_prompts, (args.seed, self.name))
+        self.prior = self.prior_rows and Images(models, args.prior, self.prior_rows,
+                                                [row["text"] for row in self.prior_rows],
+                                                (args.seed, self.name, "prior"))
+
+
+def units_of(rows, prior_rows, args):
+    """The units of the training rows, sorted by name."""
+    names = {}
+    for row in rows:
+        names.setdefault(unit_name(row, args.per), []).append(row)
+    return [Unit(name, members, [args.prompt.format(text=row["text"], identifier=args.identifier) for row in members],
+                 [row for row in prior_rows if folder.group_of(row) == folder.group_of(members[0])])
+            for name, members in sorted(names.items())]
+
+
+def unit_name(row, per):
+    return folder.group_of(row) + (f"-c{row['cluster']}" if per == "cluster" else "")
+
+
+class Models:
+    """The base: VAE, text encoder, UNet and noise schedule, in diffusers layout."""
+
+    def __init__(self, name, device, bf16):
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        def read(kind, part, flag="--base"):
+            return load_model(lambda base: kind.from_pretrained(base, subfolder=part), name, flag)
+
+        self.device, self.bf16 = device, bf16
+        self.tokenizer = read(CLIPTokenizer, "tokenizer")
+        self.text_encoder = read(CLIPTextModel, "text_encoder").to(device).requires_grad_(False)
+        self.vae = read(AutoencoderKL, "vae").to(device).requires_grad_(False)
+        self.scheduler = read(DDPMScheduler, "scheduler")
+        self.unet = read(UNet2DConditionModel, "unet").to(device)
+        self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._base = {part: {key: value.cpu().clone() for key, value in part.state_dict().items()}
+                      for part in (self.unet, self.text_encoder)}
+        self._embeds = {}
+
+    def reset(self):
+        """Back to the base's weights."""
+        if getattr(self.unet, "peft_config", None):
+            self.unet.delete_adapters(list(self.unet.peft_config))
+            self.unet.unload_lora() if hasattr(self.unet, "unload_lora") else None
+        for part, weights in self._base.items():
+            part.load_state_dict(weights)
+            part.requires_grad_(False)
+        self._embeds.clear()
+
+    def moments(self, images):
+        """PIL images -> mean and deviation of their latents, each (B, 4, h, w) on the CPU, scaled for the UNet."""
+        import torch
+        from torchvision.transforms.functional import pil_to_tensor
+
+        pixels = torch.stack([pil_to_tensor(image) for image in images]).to(self.device) / 127.5 - 1
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+
+    def prompt_embeds(self, prompts):
+        """(len(prompts), tokens, D); computed once a prompt, unless the text encoder is being trained."""
+        import torch
+
+        training = any(weight.requires_grad for weight in self.text_encoder.parameters())
+        embeds = {} if training else self._embeds
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in embeds:
+                tokens = self.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+                if tokens.shape[1] > self.tokenizer.model_max_length:
+                    raise folder.InputError("prompt", f"{prompt!r} has {tokens.shape[1]} tokens, the model takes "
+                                            f"{self.tokenizer.model_max_length}", "shorten it")
+                with torch.set_grad_enabled(training):
+                    embeds[prompt] = self.text_encoder(tokens.to(self.device)).last_hidden_state[0]
+        return torch.stack([embeds[prompt] for prompt in prompts])
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def main():
+    args = parse()
+    rows = folder.read_metadata(args.data, "train")
+    folder.group_prompts(rows)
+    if args.per == "cluster" and "cluster" not in rows[0]:
+        raise folder.InputError(args.data / "metadata.csv", "has no column cluster", "point --data to cluster.py's OUT")
+    prior_rows = folder.read_metadata(args.prior, "train") if args.prior else []
+    units = units_of(rows, prior_rows, args)
+    base = folder.model_digest(args.base)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("base", "data", "prior", "out", "shard", "device")}
+    for unit in units:
+        unit.key = folder.digest(settings, base, folder.code_digest(__file__), unit.row_prompts,
+                                 folder.folder_digest(args.data, unit.rows),
+                                 folder.folder_digest(args.prior, unit.prior_rows))
+    (args.out / "config.json").unlink(missing_ok=True)
+    shard, shards = args.shard
+    todo = [unit for unit in units[shard::shards] if not folder.published(args.out / unit.name, unit.key)]
+    failures = train_units(todo, args) if todo else []
+    if failures:
+        sys.exit("\n".join(failures))
+    if shards == 1:
+        publish_method(units, settings, args)
+
+
+def parse():
+    parser = folder.Arguments(__doc__)
+    count, rate = folder.number(int, 1), folder.number(float, 0)
+    what = parser.add_argument_group("what is trained, on what")
+    what.add_argument("--method", choices=("lora", "dreambooth"), required=True, help="low-rank updates or the UNet")
+    what.add_argument("--per", choices=("group", "cluster"), default="group", help="the unit that has its own weights")
+    what.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
+    what.add_argument("--data", type=Path, required=True, help="folder in the one format; split train is used")
+    what.add_argument("--prior", type=Path, help="folder of class images (the vanilla synthetic images) for prior "
+                      "preservation; none: without")
+    what.add_argument("--out", type=Path, required=True, help="folder to write the units to")
+    how = parser.add_argument_group("how")
+    how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
+    how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
+    how.add_argument("--steps", type=count, default=800, help="optimiser steps a unit (diffusers: 400 to 800)")
+    how.add_argument("--batch", type=count, default=1, help="images a step; as many class images beside them")
+    how.add_argument("--accumulation", type=count, default=1, help="batches a step")
+    how.add_argument("--learning-rate", type=rate, help="default 1e-4 for lora, 5e-6 for dreambooth (diffusers)")
+    how.add_argument("--schedule", default="constant", help="of the learning rate",
+                     choices=("constant", "constant_with_warmup", "linear", "cosine"))
+    how.add_argument("--warmup", type=folder.number(int, 0), default=0, help="steps of the schedule's warm-up")
+    how.add_argument("--weight-decay", type=rate, default=0.01, help="of AdamW")
+    how.add_argument("--prior-weight", type=rate, default=1.0, help="of the class images' loss (DreamBooth: 1)")
+    how.add_argument("--rank", type=count, default=16, help="of LoRA")
+    how.add_argument("--alpha", type=count, help="of LoRA: updates are scaled by alpha / rank; default: the rank")
+    how.add_argument("--snr-gamma", type=rate, default=0.0, help="min-SNR weighting, 5 is usual; 0: none")
+    how.add_argument("--ema-decay", type=folder.number(float, 0, 1), default=0.0, help="of dreambooth's weights; 0: none")
+    how.add_argument("--train-text-encoder", action=folder.Flag, default=False, help="dreambooth only")
+    how.add_argument("--gradient-checkpointing", action=folder.Flag, default=False, help="less memory, a third slower")
+    how.add_argument("--seed", type=int, default=0, help="of everything")
+    how.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                     help="auto: bf16 on a GPU that has it, else fp32; trained weights are always fp32")
+    how.add_argument("--shard", type=folder.shard_of, default="0/1", help="i/n: train every n-th unit, from the i-th")
+    args = parser.parse_args()
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.method == "lora" else 5e-6
+    if args.train_text_encoder and args.method == "lora":
+        raise folder.InputError("--train-text-encoder", "LoRA trains the UNet alone", "use --method dreambooth")
+    if "{text}" not in args.prompt:
+        raise folder.InputError("--prompt", "does not hold {text}", 'for example "{text} {identifier}"')
+    return args
+
+
+def train_units(units, args):
+    """Trains and publishes units one after the other. Returns a line a unit that failed."""
+    import torch
+
+    device = pick_device(args.device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
+                                        and torch.cuda.is_bf16_supported())
+    models = Models(args.base, device, bf16)
+    if args.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        models.unet.train()
+    failures = []
+    for unit in units:
+        models.reset()
+        unit.load(models, args)
+        try:
+            curve = finetune(models, unit, args)
+        except FloatingPointError as error:
+            failures.append(f"finetune.py: error: {error}")
+            continue
+        folder.remove(args.out / unit.name)
+        with folder.replacing(args.out / unit.name) as out:
+            save_weights(out, models, args)
+            folder.write_csv(out / "loss.csv", curve)
+            folder.write_config(out, args, unit.key, unit=unit.name, images=len(unit.rows))
+        last = [row["loss"] for row in curve[-50:]]
+        print(f"{unit.name}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
+    return failures
+
+
+def save_weights(out, models, args):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    if args.method == "lora":  # the metadata hold alpha: without it a plain load scales the update by 1
+        StableDiffusionPipeline.save_lora_weights(out, get_peft_model_state_dict(models.unet),
+                                                  **_collate_lora_metadata({"unet": models.unet}))
+        return
+    models.unet.save_pretrained(out / "unet")
+    if args.train_text_encoder:
+        models.text_encoder.save_pretrained(out / "text_encoder")
+
+
+def publish_method(units, settings, args):
+    """Removes units that are no more, and writes OUT/config.json: each unit's prompts and how many images have them."""
+    names = {unit.name for unit in units}
+    for path in args.out.iterdir():
+        if path.is_dir() and path.name not in names:
+            folder.remove(path)
+    draws = []
+    for unit in units:
+        prompts = {(folder.group_of(row), prompt): 0 for row, prompt in zip(unit.rows, unit.row_prompts)}
+        for row, prompt in zip(unit.rows, unit.row_prompts):
+            prompts[folder.group_of(row), prompt] += 1
+        draws += [{"name": unit.name, "unit": unit.name, "group": group, "prompt": prompt, "images": images,
+                   "key": unit.key} for (group, prompt), images in prompts.items()]
+    folder.write_config(args.out, args, folder.digest([unit.key for unit in units]), draws=draws)
+
+
+if __name__ == "__main__":
+    folder.run(main)

@@ -1,0 +1,260 @@
+"""Stage 3: draws a group-balanced synthetic set from the fine-tuned models, filtered with CLIP.
+
+    python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
+        --out runs/digits-0.95/synthetic/vanilla
+    python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
+        --models runs/digits-0.95/models/lora --images 200 --out runs/digits-0.95/synthetic/lora
+
+Every group of DATA gets --images images, shared out over its units; without --models (vanilla), and for a group
+that has no unit, the base model draws them from the group's prompt. An image is kept if CLIP, asked which group's
+prompt it shows, gives its own group at least --clip-threshold of the probability; the next seed replaces a rejected
+one. An image hangs on (seed, unit, index) alone. The safety checker is off: a black image is no training image.
+
+Reads DATA/metadata.csv (groups and their prompts) and MODELS. Writes OUT/metadata.csv (the one format, with columns
+unit, seed, clip_score), OUT/<unit>/*.png and candidates.csv (every image tried), OUT/<group>.png (a sheet) and
+OUT/config.json.
+"""
+
+import json
+from pathlib import Path
+
+from cluster import Clip, load_model, pick_device
+from data import imagefolder as folder
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def share_out(images, weights):
+    """Splits `images` over units in proportion to their weights, largest remainders first: ints that sum to images."""
+    exact = [images * weight / sum(weights) for weight in weights]
+    shares = [int(part) for part in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[:images - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def verdict(image, score, threshold):
+    """`kept`, or why not: image: (H, W, 3) float array in [0, 1]; score: CLIP's probability of its own group."""
+    import numpy as np
+
+    if not np.isfinite(image).all():
+        return "nan"
+    if image.std() < 0.01:
+        return "blank"
+    return "kept" if score >= threshold else "clip"
+
+
+def draw_candidates(pipe, draw, indices, args):
+    """Images of the candidates `indices` of a draw, (len(indices), H, W, 3) float array in [0, 1]."""
+    import torch
+
+    seeds = [folder.seed_of(args.seed, draw["name"], index) for index in indices]
+    return pipe([draw["prompt"]] * len(seeds), negative_prompt=[""] * len(seeds), num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale, generator=[torch.Generator().manual_seed(s) for s in seeds],
+                output_type="np").images
+
+
+def fill(pipe, clip, draw, prompts, out, args):
+    """Draws candidates of one unit, a batch after the other, until `draw["share"]` of them are kept.
+
+    `out` holds the images and candidates.csv; what an earlier, interrupted run left there is gone on from. Batches
+    begin at multiples of --batch, so that it makes the very same images.
+    """
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    own = list(prompts).index(draw["group"])
+    candidates = read_candidates(out)
+    candidates = candidates[:len(candidates) // args.batch * args.batch]
+    kept = sum(row["verdict"] == "kept" for row in candidates)
+    bar = tqdm(total=draw["share"], initial=min(kept, draw["share"]), desc=draw["name"], unit="image", mininterval=1)
+    while kept < draw["share"]:
+        if len(candidates) >= args.max_tries * draw["share"] + args.batch:
+            raise folder.InputError(draw["name"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
+                                    "lower --clip-threshold, raise --max-tries or fine-tune longer")
+        indices = range(len(candidates), len(candidates) + args.batch)
+        arrays = draw_candidates(pipe, draw, indices, args)
+        images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
+        scores = clip.zero_shot(images, list(prompts.values()))[:, own].tolist()
+        for index, array, image, score in zip(indices, arrays, images, scores):
+            row = {"index": index, "clip_score": f"{score:.4f}", "verdict": verdict(array, score, args.clip_threshold)}
+            if row["verdict"] == "kept":
+                image.save(out / f"{index:05}.png")
+            candidates.append(row)
+        folder.write_csv(out / "candidates.csv", candidates)
+        kept, before = sum(row["verdict"] == "kept" for row in candidates), kept
+        bar.update(min(kept, draw["share"]) - min(before, draw["share"]))
+    bar.close()
+
+
+# ------------------------------------------------------------------------------------------------- the units
+
+
+def draws_of(prompts, models, args):
+    """What is to be drawn: a dict a unit, with its name, group, prompt, weights' folder (or None) and share."""
+    trained = []
+    if models:
+        config = Path(models) / "config.json"
+        if not config.is_file():
+            raise folder.InputError(config, "no such file", "point --models to the OUT of a finished finetune.py")
+        trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
+    draws = []
+    for group, prompt in prompts.items():
+        mine = [dict(draw, folder=Path(models) / draw["unit"]) for draw in trained if draw["group"] == group]
+        if models and not mine:
+            print(f"{group}: no training images, drawn by the base model")
+        mine = mine or [{"name": group, "group": group, "prompt": prompt, "folder": None, "images": 1, "key": None}]
+        weights = [draw["images"] if args.share == "size" else 1 for draw in mine]
+        for draw, share in zip(mine, share_out(args.images, weights)):
+            draws.append(dict(draw, share=share))
+    return draws
+
+
+def dataset_prompts(data):
+    """{group: prompt} of every class with every attribute of the dataset, in whatever split it stands."""
+    return folder.group_prompts(folder.read_metadata(data))
+
+
+def load_pipeline(name, device, precision):
+    """The base pipeline with DPM-Solver++ (Lu et al. 2022) in place of its own sampler."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    pipe = load_model(lambda base: StableDiffusionPipeline.from_pretrained(
+        base, safety_checker=None, requires_safety_checker=False, dtype=torch.bfloat16 if bf16 else torch.float32),
+        name, "--base").to(device)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.base_weights = {part: {key: value.clone() for key, value in getattr(pipe, part).state_dict().items()}
+                         for part in ("unet", "text_encoder")}
+    return pipe
+
+
+def load_unit(pipe, weights):
+    """Puts a unit's weights (a folder of finetune.py, or None for the base's own) into the pipeline."""
+    from safetensors.torch import load_file
+
+    pipe.unload_lora_weights()
+    for part, base in pipe.base_weights.items():
+        files = sorted((weights / part).glob("*.safetensors")) if weights else []
+        getattr(pipe, part).load_state_dict(load_file(files[0]) if files else base)
+    if weights and (weights / "pytorch_lora_weights.safetensors").is_file():
+        pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
+        if not pipe.get_list_adapters():
+            raise folder.InputError(weights, "holds no LoRA weights of this model", "fine-tune with the same --base")
+
+
+def read_candidates(out):
+    import csv
+
+    path = out / "candidates.csv"
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [dict(row, index=int(row["index"])) for row in csv.DictReader(file)]
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def main():
+    args = parse()
+    prompts = dataset_prompts(args.data)
+    draws = draws_of(prompts, args.models, args)
+    settings = {name: getattr(args, name) for name in ("steps", "guidance_scale", "clip_threshold", "seed", "batch",
+                                                       "precision")}
+    made_by = folder.digest(settings, prompts, folder.model_digest(args.base), folder.model_digest(args.clip),
+                            folder.code_digest(__file__))
+    for draw in draws:
+        draw["key"] = folder.digest(made_by, draw["name"], draw["prompt"], draw["key"])
+    shard, shards = args.shard
+    (args.out / "metadata.csv").unlink(missing_ok=True)
+    (args.out / "config.json").unlink(missing_ok=True)
+    todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw)]
+    if todo:
+        device = pick_device(args.device)
+        pipe, clip = load_pipeline(args.base, device, args.precision), Clip(args.clip, device)
+    for draw in todo:
+        work = args.out / f".{draw['name']}.partial"
+        if not folder.published(work, draw["key"]):
+            folder.remove(work)
+            if folder.published(args.out / draw["name"], draw["key"]):  # more images of the same unit are wanted
+                (args.out / draw["name"]).rename(work)
+            else:
+                work.mkdir(parents=True)
+                folder.write_config(work, args, draw["key"])
+        load_unit(pipe, draw["folder"])
+        fill(pipe, clip, draw, prompts, work, args)
+        folder.remove(args.out / draw["name"])
+        work.rename(args.out / draw["name"])
+    if shards == 1:
+        publish(draws, prompts, made_by, args)
+
+
+def parse():
+    parser = folder.Arguments(__doc__)
+    count = folder.number(int, 1)
+    parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
+    parser.add_argument("--models", type=Path, help="OUT of finetune.py; none: vanilla, the base model itself")
+    parser.add_argument("--data", type=Path, required=True, help="folder in the one format: its groups and prompts")
+    parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that filters")
+    parser.add_argument("--images", type=count, default=250, help="images a group")
+    parser.add_argument("--share", choices=("size", "even"), default="size",
+                        help="a group's images over its units: by their training images, or evenly")
+    parser.add_argument("--steps", type=count, default=20, help="of DPM-Solver++")
+    parser.add_argument("--guidance-scale", type=folder.number(float, 1), default=2.0,
+                        help="of the prompt against the empty one; 1: none (half the cost)")
+    parser.add_argument("--clip-threshold", type=folder.number(float, 0, 1), default=0.5,
+                        help="least probability of an image's own group among all groups' prompts; 0: no filter")
+    parser.add_argument("--max-tries", type=count, default=20, help="candidates a wanted image before giving up")
+    parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
+    parser.add_argument("--seed", type=int, default=0, help="of all images")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="auto: bf16 on a GPU that has it, else fp32")
+    parser.add_argument("--shard", type=folder.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser.parse_args()
+
+
+def is_filled(path, draw):
+    kept = sum(row["verdict"] == "kept" for row in read_candidates(path))
+    return folder.published(path, draw["key"]) and kept >= draw["share"]
+
+
+def publish(draws, prompts, made_by, args):
+    """Writes the sheets and, last, metadata.csv and config.json; removes units that are no more."""
+    from PIL import Image
+
+    for path in args.out.iterdir():
+        if path.is_dir() and path.name not in {draw["name"] for draw in draws}:
+            folder.remove(path)
+    rows, counts = [], {}
+    for draw in draws:
+        y, a = (int(part[1:]) for part in draw["group"].split("-"))
+        candidates = read_candidates(args.out / draw["name"])
+        kept = [row for row in candidates if row["verdict"] == "kept"][:draw["share"]]
+        tried = [row["verdict"] for row in candidates[:kept[-1]["index"] + 1]] if kept else []
+        counts[draw["name"]] = {word: tried.count(word) for word in ("kept", "clip", "blank", "nan")}
+        rows += [{"file_name": f"{draw['name']}/{row['index']:05}.png", "split": "train", "y": y, "a": a,
+                  "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
+                  "seed": folder.seed_of(args.seed, draw["name"], row["index"])} for row in kept]
+        print(f"{draw['name']}: {counts[draw['name']]}", flush=True)
+    for group in prompts:
+        units = {}
+        for row in rows:
+            if folder.group_of(row) == group:
+                units.setdefault(row["unit"], []).append(Image.open(args.out / row["file_name"]))
+        width = 16 if len(units) > 1 else 12
+        lines = [(unit, images[i:i + width]) for unit, images in units.items()
+                 for i in range(0, min(len(images), width * (2 if len(units) > 1 else 6)), width)]
+        folder.contact_sheet([line for _, line in lines], [unit for unit, _ in lines]).save(args.out / f"{group}.png")
+    folder.write_csv(args.out / "metadata.csv", rows)
+    folder.write_config(args.out, args, folder.digest(made_by, rows), counts=counts)
+
+
+if __name__ == "__main__":
+    folder.run(main)

@@ -1,0 +1,50 @@
+"""cluster.py: clusters within each group."""
+
+import numpy as np
+import pytest
+from conftest import files_of, run
+
+from cluster import group_clusters
+from data import imagefolder as folder
+
+
+def blobs(*sizes):
+    """Embeddings of unit length in well separated blobs."""
+    rng = np.random.default_rng(0)
+    points = np.concatenate([np.eye(8)[i] + 0.05 * rng.normal(size=(size, 8)) for i, size in enumerate(sizes)])
+    return points / np.linalg.norm(points, axis=1, keepdims=True), np.repeat(np.arange(len(sizes)), sizes)
+
+
+def test_auto_finds_as_many_clusters_as_there_are_largest_first():
+    points, truth = blobs(12, 30, 20)
+    labels = group_clusters(points, "auto", 6, 5, 0)
+    assert np.bincount(labels).tolist() == [30, 20, 12]
+    assert len(set(zip(labels, truth))) == 3
+
+
+def test_no_cluster_is_smaller_than_the_least_size():
+    points, _ = blobs(30, 20, 2)
+    for k in (3, 5, "auto"):
+        assert np.bincount(group_clusters(points, k, 6, 5, 0)).min() >= 5
+
+
+@pytest.mark.parametrize("size", (1, 2, 9))
+def test_a_group_too_small_to_split_stays_whole(size):
+    assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size
+
+
+def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_a_group(base, dataset, tmp_path):
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
+    rows = folder.read_metadata(tmp_path / "c")
+    assert rows and {row["split"] for row in rows} == {"train"}
+    assert {row["cluster"] for row in rows if folder.group_of(row) == "y0-a1"} == {"0"}
+    for group in folder.group_counts(rows):
+        assert (tmp_path / "c" / f"{group}.png").is_file()
+    first = files_of(tmp_path / "c")
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
+    assert files_of(tmp_path / "c") == first
+
+
+def test_a_clip_that_is_none_is_one_line(dataset, tmp_path):
+    run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="can't be loaded")
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,107 @@
+"""finetune.py: weights of each unit."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import files_of, make_dataset, run
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from data import imagefolder as folder
+
+QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
+
+
+@pytest.fixture(scope="module")
+def lora(base, dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "lora"
+    run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
+        "--out", out)
+    return out
+
+
+def test_each_group_gets_weights_a_loss_curve_and_a_config(lora):
+    assert sorted(path.name for path in lora.iterdir()) == ["config.json", "y0-a0", "y0-a1", "y1-a0", "y1-a1"]
+    for unit in lora.glob("y*"):
+        assert sorted(p.name for p in unit.iterdir()) == ["config.json", "loss.csv", "pytorch_lora_weights.safetensors"]
+        with open(unit / "loss.csv") as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+    draws = json.loads((lora / "config.json").read_text())["draws"]
+    assert {draw["group"]: draw["images"] for draw in draws} == {"y0-a0": 24, "y0-a1": 3, "y1-a0": 3, "y1-a1": 24}
+    assert draws[0]["prompt"] == "a photo of an even digit on a red background sks"
+
+
+def test_a_plain_load_lora_weights_honours_alpha(base, lora):
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(lora / "y0-a0")
+    (layer,) = [m for name, m in pipe.unet.named_modules() if name.endswith("mid_block.attentions.0.transformer_blocks.0.attn2.to_q")]
+    assert layer.scaling == {"default_0": 4.0}
+    assert layer.lora_B["default_0"].weight.abs().max() > 0
+
+
+def test_units_that_are_published_are_kept_and_others_are_made_anew(base, dataset, lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "lora")
+    again = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16)
+    shutil.rmtree(tmp_path / "lora" / "y0-a1")
+    made = run(*again, "--out", tmp_path / "lora")
+    assert [line.split(":")[0] for line in made.splitlines()] == ["y0-a1"]
+    assert files_of(tmp_path / "lora") == files_of(lora)
+    assert len(run(*again, "--seed", 1, "--out", tmp_path / "lora").splitlines()) == 4
+
+
+def test_only_the_split_train_is_learned_from(base, lora, tmp_path):
+    data = make_dataset(tmp_path / "data")
+    for row in folder.read_metadata(data):
+        if row["split"] != "train":
+            (data / row["file_name"]).write_bytes(b"not even an image")
+    run("finetune.py", "--method", "lora", "--base", base, "--data", data, *QUICK, "--rank", 4, "--alpha", 16,
+        "--out", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(lora)
+
+
+def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(base, dataset, vanilla, tmp_path):
+    clusters = tmp_path / "clusters"
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 2, "--min-size", 2, "--out", clusters)
+    run("finetune.py", "--method", "dreambooth", "--per", "cluster", "--base", base, "--data", clusters, "--prior",
+        vanilla, *QUICK, "--ema-decay", 0.9, "--snr-gamma", 5, "--train-text-encoder", "--accumulation", 2,
+        "--gradient-checkpointing", "--schedule", "cosine", "--out", tmp_path / "out")
+    expected = {f"{folder.group_of(row)}-c{row['cluster']}" for row in folder.read_metadata(clusters)}
+    assert {path.name for path in (tmp_path / "out").glob("y*")} == expected
+    unit, before = tmp_path / "out" / "y0-a0-c0", UNet2DConditionModel.from_pretrained(base / "unet")
+    after = UNet2DConditionModel.from_pretrained(unit / "unet")
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved) and (unit / "text_encoder" / "model.safetensors").is_file()
+
+
+def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
+    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
+            "--out", tmp_path / "out")
+    run(*args, "--shard", "1/2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["y0-a1", "y1-a1"]
+    run(*args)
+    assert files_of(tmp_path / "out") == files_of(lora)
+
+
+def test_wrong_input_is_one_line(base, dataset, tmp_path):
+    args = ("finetune.py", "--base", base, "--data", dataset, "--out", tmp_path / "out")
+    run(*args, "--method", "lora", "--per", "cluster", fails="has no column cluster")
+    run(*args, "--method", "lora", "--train-text-encoder", fails="LoRA trains the UNet alone")
+    run(*args, "--method", "lora", "--prompt", "hi", fails="does not hold {text}")
+    run("finetune.py", "--base", tmp_path, "--data", dataset, "--out", tmp_path / "out", "--method", "lora",
+        fails="can't be loaded")
+    run(*args, "--method", "lora", "--prompt", "{text} " + "word " * 30, fails="tokens, the model takes 24")
+    assert not list(tmp_path.glob("out/y*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_unit_and_publishes_nothing(base, dataset, tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    done = subprocess.run([sys.executable, ROOT / "finetune.py", "--method", "dreambooth", "--base", base, "--data",
+                           dataset, "--steps", "9", "--learning-rate", "1e30", "--out", tmp_path / "out"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "y0-a1: loss is nan at step" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/*"))

@@ -1,0 +1,105 @@
+"""The Makefile: one tiny run, and what it would run again after a change."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, files_of
+
+TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
+        "DREAMBOOTH=--steps 1 --batch 1", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
+
+
+@pytest.fixture(scope="module")
+def house(base, tmp_path_factory):
+    """A copy of the repository with everything made, on the tiny base model."""
+    house = tmp_path_factory.mktemp("make") / "house"
+    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
+    shutil.copytree(base, house / "base" / "miniature")
+    (house / ".venv").symlink_to(ROOT / ".venv")
+    assert "| erm |" in make(house)
+    return house
+
+
+def make(house, *args):
+    done = subprocess.run(["make", *TINY, *args], cwd=house, capture_output=True, text=True,
+                          env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def would_run(house, *args):
+    """What `make -n` tells: {folder that would be made}, without runs/<dataset>-<bias>/."""
+    before = files_of(house / "runs", but=())
+    lines = [line.split() for line in make(house, "-n", *args).splitlines() if "--out" in line]
+    assert files_of(house / "runs", but=()) == before, "make -n changed something"
+    return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
+
+
+CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
+
+
+def test_a_second_make_runs_nothing_and_takes_less_than_a_second(house):
+    start = time.monotonic()
+    assert would_run(house) == []
+    assert time.monotonic() - start < 1
+    before = files_of(house / "runs", but=())
+    assert "| erm |" in make(house)
+    assert files_of(house / "runs", but=()) == before
+
+
+def test_other_clusters_keep_vanilla_and_the_models_of_groups(house):
+    assert would_run(house, "K=3") == ["classifiers/clustered", "clusters", "models/clustered", "results",
+                                       "synthetic/clustered"]
+
+
+def test_other_epochs_run_classifiers_and_evaluation_alone(house):
+    assert would_run(house, "EPOCHS=2") == [*CLASSIFIERS, "results"]
+
+
+def test_more_images_keep_the_models_of_lora(house):
+    again = would_run(house, "IMAGES=4")
+    assert "models/lora" not in again and "classifiers/erm" not in again and "synthetic/lora" in again
+
+
+def test_a_touched_generate_runs_generation_and_what_follows(house):
+    stat = (house / "generate.py").stat()
+    os.utime(house / "generate.py")
+    # vanilla's images are the class images of clustered's prior preservation
+    assert would_run(house) == ["classifiers/clustered", "classifiers/lora", "classifiers/vanilla", "models/clustered",
+                                "results", "synthetic/clustered", "synthetic/lora", "synthetic/vanilla"]
+    os.utime(house / "generate.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_another_recipe_runs_that_recipe_alone(house):
+    assert would_run(house, "RECIPES=erm vanilla lora clustered groupdro") == ["classifiers/groupdro", "results"]
+
+
+def test_shards_and_launch_redo_no_finished_work(house):
+    assert would_run(house, "SHARDS=2", "LAUNCH=nice") == []
+
+
+def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
+    lora = house / "runs" / "digits-0.95" / "models" / "lora"
+    before = files_of(lora)
+    shutil.rmtree(lora)
+    text = make(house, "SHARDS=2", "LAUNCH=nice", "-j2", str(lora.relative_to(house) / "config.json"))
+    assert "nice .venv/bin/python finetune.py" in text and "--shard 1/2" in text
+    assert files_of(lora) == before
+
+
+def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
+    runs = house / "runs" / "digits-0.95"
+    before = files_of(runs)
+    shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: a unit less, nothing that says done
+    for name in ("models/lora/config.json", "synthetic/lora/config.json", "synthetic/lora/metadata.csv"):
+        (runs / name).unlink()
+    make(house)
+    assert files_of(runs) == before
+
+
+def test_help_shows_the_settings_and_their_values(house):
+    text = make(house, "help", "BIAS=0.9")
+    assert "BIAS       0.9" in text and "make test" in text

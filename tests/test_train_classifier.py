@@ -1,0 +1,83 @@
+"""train_classifier.py: the losses by hand, the stage by its files."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import files_of, run
+from torch.nn import functional as F
+
+from data import imagefolder as folder
+from train_classifier import RECIPES, Losses, supervised_contrastive
+
+QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
+
+
+def test_supervised_contrastive_is_equation_2_of_khosla_et_al():
+    torch.manual_seed(0)
+    features, y, t = F.normalize(torch.randn(7, 5), dim=1), torch.tensor([0, 0, 1, 1, 1, 2, 0]), 0.1
+    expected = []
+    for i in range(7):
+        others = [a for a in range(7) if a != i]
+        partners = [p for p in others if y[p] == y[i]]
+        total = sum(torch.exp(features[i] @ features[a] / t) for a in others)
+        if partners:
+            expected.append(-sum(torch.log(torch.exp(features[i] @ features[p] / t) / total) for p in partners)
+                            / len(partners))
+    assert torch.allclose(supervised_contrastive(features, y, t), torch.stack(expected).mean(), atol=1e-5)
+
+
+def test_a_batch_without_partners_has_no_contrastive_loss():
+    assert supervised_contrastive(torch.eye(3), torch.tensor([0, 1, 2]), 0.1) == 0
+
+
+def test_group_dro_follows_algorithm_1():
+    losses = Losses(3, SimpleNamespace(dro_step=0.5))
+    logits, y, group = torch.tensor([[2., 0.], [0., 1.], [0., 0.]]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
+    each = F.cross_entropy(logits, y, reduction="none")
+    means = torch.stack([each[0], torch.tensor(0.), (each[1] + each[2]) / 2])
+    weights = torch.full((3,), 1 / 3)
+    for _ in range(2):
+        weights = weights * torch.exp(0.5 * means)
+        weights = weights / weights.sum()
+        assert torch.allclose(losses.group_dro(logits, None, y, group), weights @ means)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_byte(recipe, dataset, vanilla, tmp_path):
+    args = ("train_classifier.py", "--recipe", recipe, "--data", dataset, *QUICK)
+    args += ("--synthetic", vanilla) if recipe == "two-stage" else ()
+    run(*args, "--out", tmp_path / "a")
+    run(*args, "--out", tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    with open(tmp_path / "a" / "seed0" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    wanted = [row for split in ("val", "test") for row in folder.read_metadata(dataset, split)]
+    assert [row["file_name"] for row in rows] == [row["file_name"] for row in wanted]
+    for row in rows:
+        assert int(row["prediction"]) == (float(row["p1"]) > float(row["p0"]))
+        assert abs(float(row["p0"]) + float(row["p1"]) - 1) < 1e-5
+
+
+def test_the_second_stage_moves_the_last_layer_alone(dataset, vanilla, tmp_path):
+    from safetensors.torch import load_file
+
+    args = ("train_classifier.py", "--recipe", "two-stage", "--data", dataset, "--synthetic", vanilla, *QUICK)
+    run(*args, "--last-layer-rate", 0, "--out", tmp_path / "a")
+    run(*args, "--last-layer-rate", 1, "--out", tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "seed0" / "model.safetensors") for name in "ab")
+    assert {name for name in a if not torch.equal(a[name], b[name])} == {"last_layer.weight", "last_layer.bias"}
+
+
+def test_finished_seeds_are_kept_and_dropped_ones_go(dataset, tmp_path):
+    args = ("train_classifier.py", "--recipe", "erm", "--data", dataset, *QUICK[:-1])
+    run(*args, 0, 1, "--out", tmp_path / "erm")
+    assert "seed 1" not in (text := run(*args, 1, 2, "--out", tmp_path / "erm")) and "seed 2" in text
+    assert sorted(path.name for path in (tmp_path / "erm").iterdir()) == ["config.json", "seed1", "seed2"]
+
+
+def test_synthetic_images_are_asked_for_and_refused_where_they_do_not_belong(dataset, vanilla, tmp_path):
+    args = ("train_classifier.py", "--data", dataset, "--out", tmp_path / "x", "--recipe")
+    run(*args, "two-stage", fails="--synthetic: two-stage needs it")
+    run(*args, "erm", "--synthetic", vanilla, fails="--synthetic: erm takes none")

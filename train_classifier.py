@@ -1,0 +1,308 @@
+"""Stage 4: trains a classifier with one recipe, once a seed, and writes what it says of the val and test images.
+
+    python train_classifier.py --recipe erm --data data/digits-0.95 --out runs/digits-0.95/classifiers/erm
+    python train_classifier.py --recipe two-stage --synthetic runs/digits-0.95/synthetic/lora \\
+        --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
+
+The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic images, then
+only the last layer on the real, biased ones. erm, resample and groupdro are its peers on real images alone.
+Every recipe keeps the epoch with the best worst-group accuracy on val; none sees test.
+
+Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
+(file_name, split, y, a, prediction, a probability a class), log.csv and config.json; last OUT/config.json.
+"""
+
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cluster import pick_device
+from data import imagefolder as folder
+
+# A recipe is a list of phases: which images, how they are drawn, which loss, which weights learn.
+Phase = namedtuple("Phase", "images drawn loss learns")
+RECIPES = {
+    "erm": [Phase("real", "shuffled", "cross_entropy", "all")],
+    "resample": [Phase("real", "group-balanced", "cross_entropy", "all")],
+    "groupdro": [Phase("real", "group-balanced", "group_dro", "all")],
+    "two-stage": [Phase("synthetic", "shuffled", "contrastive", "all"),
+                  Phase("real", "shuffled", "cross_entropy", "last layer")],
+}
+
+# ---------------------------------------------------------------------------------------------- the losses
+
+
+class Losses:
+    """The losses side by side, each a function of a batch: logits (B, C), features (B, D), y (B,), group (B,)."""
+
+    def __init__(self, groups, args):
+        self.args = args
+        self.group_weights = torch.full((groups,), 1 / groups)
+
+    def cross_entropy(self, logits, features, y, group):
+        return F.cross_entropy(logits, y)
+
+    def contrastive(self, logits, features, y, group):
+        """Cross-entropy + lambda x supervised contrastive loss (paper, classifier pretraining)."""
+        return F.cross_entropy(logits, y) + self.args.contrastive * supervised_contrastive(
+            features, y, self.args.temperature)
+
+    def group_dro(self, logits, features, y, group):
+        """Group losses weighted by exponentiated gradient ascent (Sagawa et al. 2020, algorithm 1).
+
+        As in the authors' code, a group without an image in the batch has loss 0.
+        """
+        weights = self.group_weights
+        member = F.one_hot(group, len(weights)).float()
+        losses = member.T @ F.cross_entropy(logits, y, reduction="none") / member.sum(0).clamp(min=1)
+        weights.mul_((self.args.dro_step * losses.detach().cpu()).exp())
+        weights.div_(weights.sum())
+        return losses @ weights.to(losses)
+
+
+def supervised_contrastive(features, y, temperature):
+    """Supervised contrastive loss, L_out of Khosla et al. 2020, equation 2, of one view an image.
+
+    features: (B, D) of unit length; y: (B,). Images without a partner of their class are left out.
+    """
+    similarity = features @ features.T / temperature
+    others = ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    log_prob = similarity - similarity.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+    partners = (y[:, None] == y[None]) & others
+    per_image = -(log_prob * partners).sum(1) / partners.sum(1).clamp(min=1)
+    return per_image[partners.any(1)].mean() if partners.any() else features.sum() * 0
+
+
+# ----------------------------------------------------------------------------------------------- the network
+
+
+class Classifier(nn.Module):
+    """Features, a last layer, and a projection head for the contrastive loss (Khosla et al. 2020, section 3.1)."""
+
+    def __init__(self, arch, weights, classes):
+        super().__init__()
+        self.backbone, width = cnn() if arch == "cnn" else resnet(arch, weights)
+        self.last_layer = nn.Linear(width, classes)
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 64))
+
+    def forward(self, images):
+        features = self.backbone(images)
+        return self.last_layer(features), F.normalize(self.projection(features), dim=1)
+
+
+def cnn():
+    """Four convolutions for images of 32 pixels; returns (module, width of its features)."""
+    layers, channels = [], 3
+    for width in (16, 32, 64, 64):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                   nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
+
+
+def resnet(arch, weights):
+    """torchvision's ResNet without its last layer; weights: imagenet, none, or a .safetensors file."""
+    import torchvision
+    from safetensors.torch import load_file
+
+    network = getattr(torchvision.models, arch)(weights="DEFAULT" if weights == "imagenet" else None)
+    if weights.endswith(".safetensors"):
+        try:
+            network.load_state_dict(load_file(weights))
+        except Exception as error:  # OSError, SafetensorError, RuntimeError of wrong shapes
+            raise folder.InputError(f"--weights {weights}", f"can't be loaded: {str(error).splitlines()[0]}",
+                                    f"give a state dict of torchvision's {arch}") from None
+    width, network.fc = network.fc.in_features, nn.Identity()
+    return network, width
+
+
+# ---------------------------------------------------------------------------------------------- the training
+
+
+class Images:
+    """All images of some rows in memory: pixels (N, 3, S, S) uint8, y (N,), group (N,) an index into `groups`."""
+
+    def __init__(self, data, rows, size, groups):
+        from torchvision.transforms.functional import pil_to_tensor
+        from tqdm import tqdm
+
+        self.rows = rows
+        self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        for pixels, row in zip(self.pixels, tqdm(rows, f"read {data}", unit="image", mininterval=1)):
+            pixels.copy_(pil_to_tensor(folder.load_image(data / row["file_name"], size)))
+        self.y = torch.tensor([row["y"] for row in rows])
+        self.group = torch.tensor([groups.index(folder.group_of(row)) for row in rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batches(self, drawn, size, rng):
+        """Index tensors of one epoch, of `size` each; the last may be shorter, but never a single image."""
+        if drawn == "shuffled":
+            order = torch.randperm(len(self), generator=rng)
+        else:  # every group as often as every other (resampling with replacement)
+            weights = 1 / self.group.bincount().float()
+            order = torch.multinomial(weights[self.group], len(self), replacement=True, generator=rng)
+        batches = list(order.split(size))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation can't learn from one image
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+
+def to_input(pixels, device):
+    """uint8 -> float in [-1, 1]."""
+    return pixels.to(device).float() / 127.5 - 1
+
+
+def train_phase(model, phase, images, val, losses, args, seed, log):
+    """Trains the weights that the phase lets learn and leaves those of the epoch that was best on val."""
+    device = next(model.parameters()).device
+    last_layer = phase.learns == "last layer"
+    learning = model.last_layer if last_layer else model
+    epochs, rate = (args.last_layer_epochs, args.last_layer_rate) if last_layer else (args.epochs, args.learning_rate)
+    optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    if last_layer:  # the rest stands still, batch statistics included: its features are computed once
+        features = torch.cat([model.backbone(to_input(part, device)) for part in frozen(model, images.pixels)])
+    loss_of, best, kept = getattr(losses, phase.loss), -1.0, None
+    for epoch in range(epochs):
+        model.train(not last_layer)
+        total = 0.0
+        rng = torch.Generator().manual_seed(folder.seed_of(seed, phase, epoch))
+        batches = images.batches(phase.drawn, args.batch, rng)
+        for batch in batches:
+            if last_layer:
+                logits, embedded = model.last_layer(features[batch]), None
+            else:
+                logits, embedded = model(to_input(images.pixels[batch], device))
+            loss = loss_of(logits, embedded, images.y[batch].to(device), images.group[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() / len(batches)
+        if not total < float("inf"):
+            raise FloatingPointError(f"loss is {total} in epoch {epoch} of {phase} (learning rate {rate:g})")
+        schedule.step()
+        accuracies = group_accuracies(predict(model, val).argmax(1), val)
+        log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
+                    "val_worst_group": round(min(accuracies.values()), 6)}
+                   | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
+        if min(accuracies.values()) > best:
+            best = min(accuracies.values())
+            kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(kept)
+
+
+def frozen(model, pixels):
+    model.eval()
+    with torch.no_grad():
+        yield from pixels.split(256)
+
+
+def predict(model, images):
+    """Class probabilities (N, C) on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(to_input(part, device))[0].softmax(1).cpu() for part in frozen(model, images.pixels)])
+
+
+def group_accuracies(predictions, images):
+    """{group: share of its images that are classified rightly}."""
+    right = {}
+    for row, prediction in zip(images.rows, predictions.tolist()):
+        right.setdefault(folder.group_of(row), []).append(prediction == row["y"])
+    return {group: sum(hits) / len(hits) for group, hits in sorted(right.items())}
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def main():
+    args = parse()
+    phases = RECIPES[args.recipe]
+    rows = {split: folder.read_metadata(args.data, split) for split in folder.SPLITS}
+    needs_synthetic = any(phase.images == "synthetic" for phase in phases)
+    if needs_synthetic != bool(args.synthetic):
+        raise folder.InputError("--synthetic", f"{args.recipe} {'needs it' if needs_synthetic else 'takes none'}",
+                                "generate.py writes such a folder")
+    synthetic = folder.read_metadata(args.synthetic, "train") if args.synthetic else []
+    everything = [row for part in (*rows.values(), synthetic) for row in part]
+    groups = list(folder.group_counts(everything))
+    classes = 1 + max(row["y"] for row in everything)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("data", "synthetic", "out", "device", "seeds", "shard")}
+    key = folder.digest(settings, folder.code_digest(__file__), *(folder.folder_digest(args.data, part)
+                        for part in rows.values()), folder.folder_digest(args.synthetic, synthetic))
+    (args.out / "config.json").unlink(missing_ok=True)
+    shard, shards = args.shard
+    todo = [seed for seed in args.seeds[shard::shards] if not folder.published(args.out / f"seed{seed}", key)]
+    if todo:
+        device = pick_device(args.device)
+        images = {"real": Images(args.data, rows["train"], args.resolution, groups)}
+        if synthetic:
+            images["synthetic"] = Images(args.synthetic, synthetic, args.resolution, groups)
+        val, test = (Images(args.data, rows[split], args.resolution, groups) for split in ("val", "test"))
+    for seed in todo:
+        torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
+        model, log = Classifier(args.arch, args.weights, classes).to(device), []
+        for phase in phases:
+            train_phase(model, phase, images[phase.images], val, Losses(len(groups), args), args, seed, log)
+        publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed)
+        print(f"{args.out.name} seed {seed}: worst group on val {log[-1]['val_worst_group']:.3f}", flush=True)
+    if shards == 1:
+        for path in args.out.glob("seed*"):
+            if path.name not in {f"seed{seed}" for seed in args.seeds}:
+                folder.remove(path)
+        folder.write_config(args.out, args, key)
+
+
+def parse():
+    parser = folder.Arguments(__doc__)
+    count, rate = folder.number(int, 1), folder.number(float, 0)
+    parser.add_argument("--recipe", choices=tuple(RECIPES), required=True, help="how to train, see above")
+    parser.add_argument("--data", type=Path, required=True, help="real images: folder in the one format")
+    parser.add_argument("--synthetic", type=Path, help="synthetic images: folder of generate.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the seeds to")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one classifier each")
+    parser.add_argument("--arch", choices=("cnn", "resnet18", "resnet50"), default="cnn", help="cnn: for 32 pixels")
+    parser.add_argument("--weights", default="none", help="of a resnet: imagenet, none, or a .safetensors file")
+    parser.add_argument("--resolution", type=count, default=32, help="pixels a side")
+    parser.add_argument("--epochs", type=count, default=30, help="of a phase in which all weights learn")
+    parser.add_argument("--learning-rate", type=rate, default=0.02, help="of SGD with momentum 0.9, cosine to 0")
+    parser.add_argument("--last-layer-epochs", type=count, default=30, help="of the phase on the last layer")
+    parser.add_argument("--last-layer-rate", type=rate, default=0.02, help="learning rate of that phase")
+    parser.add_argument("--weight-decay", type=rate, default=1e-4, help="of SGD")
+    parser.add_argument("--batch", type=folder.number(int, 2), default=64, help="images a step")
+    parser.add_argument("--contrastive", type=rate, default=0.5, help="lambda: weight of the contrastive loss")
+    parser.add_argument("--temperature", type=folder.number(float, 1e-6), default=0.1, help="of the contrastive loss")
+    parser.add_argument("--dro-step", type=rate, default=0.01, help="step size of Group-DRO's weights (its authors')")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    parser.add_argument("--shard", type=folder.shard_of, default="0/1", help="i/n: train every n-th seed, from the i-th")
+    args = parser.parse_args()
+    if args.arch == "cnn" and args.weights != "none":
+        raise folder.InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet18 or resnet50")
+    return args
+
+
+def publish(path, model, splits, log, args, key, seed):
+    from safetensors.torch import save_file
+
+    rows = []
+    for images in splits:
+        for row, probabilities in zip(images.rows, predict(model, images).tolist()):
+            rows.append({name: row[name] for name in ("file_name", "split", "y", "a")}
+                        | {"prediction": max(range(len(probabilities)), key=probabilities.__getitem__)}
+                        | {f"p{y}": f"{value:.6f}" for y, value in enumerate(probabilities)})
+    with folder.replacing(path) as out:
+        out.mkdir()
+        save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()},
+                  out / "model.safetensors")
+        folder.write_csv(out / "predictions.csv", rows)
+        folder.write_csv(out / "log.csv", log)
+        folder.write_config(out, args, key, seed=seed)
+
+
+if __name__ == "__main__":
+    folder.run(main)
