@@ -7,25 +7,27 @@
 DATASET ?= digits
 BIAS    ?= 0.95
 -include data/$(DATASET).mk
-RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
+RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered compositional
 SEEDS   ?= 0 1 2
 BASE    ?= base/miniature
 CLIP    ?= $(BASE)/clip
 K       ?= auto
+MODES   ?= auto
 IMAGES  ?= 250
 EPOCHS  ?= 30
 SHARDS  ?= 1
 
 # Empty unless set: more flags of a stage, whatever its --help tells (CLUSTER="--k-max 8"): PREPARE CLUSTER GENERATE
-# CLASSIFIER PRETRAIN, and of finetune.py LORA and DREAMBOOTH; LAUNCH stands before each command ("srun --gpus=1").
+# CLASSIFIER PRETRAIN, and of finetune.py LORA, DREAMBOOTH and COMPOSITIONAL; LAUNCH stands before each command ("srun --gpus=1").
 
 
 # A generative method is what is trained, on which unit. To add one: a word here and a line of its flags.
-FINETUNED         = lora dreambooth clustered clustered-lora
+FINETUNED         = lora dreambooth clustered clustered-lora compositional
 lora.is           = --method lora       --per group   --data $(DATA) $(LORA)
 dreambooth.is     = --method dreambooth --per group   --data $(DATA) --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
 clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
 clustered-lora.is = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
+compositional.is  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
 
 # ---- the commands ---------------------------------------------------------------------------------------------
 
@@ -36,7 +38,6 @@ PY      = .venv/bin/python
 
 .PHONY: all test help clean FORCE
 .DELETE_ON_ERROR:
-.SECONDARY:
 
 all: $(RUN)/results/config.json
 	@cat $(RUN)/results/results.md
@@ -51,8 +52,8 @@ help:
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
-	@$(foreach v,DATASET BIAS RECIPES SEEDS BASE CLIP K IMAGES EPOCHS SHARDS PREPARE CLUSTER LORA DREAMBOOTH GENERATE \
-	  CLASSIFIER PRETRAIN LAUNCH,printf '  %-10s %s\n' '$(v)' '$($(v))';)
+	@$(foreach v,DATASET BIAS RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS PREPARE CLUSTER LORA DREAMBOOTH COMPOSITIONAL GENERATE \
+	  CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)
@@ -99,9 +100,12 @@ $(eval $(call stage,prepare,data/prepare.py $(DATASET) --bias $(BIAS) $(PREPARE)
 $(eval $(call stage,cluster,cluster.py --data $(DATA) --clip $(CLIP) --k $(K) $(CLUSTER),$(RUN)/clusters,\
 	$(DATA)/config.json $(BASE_FILES)))
 
+$(eval $(call stage,modes,cluster.py --data $(DATA) --clip $(CLIP) --within class --k $(MODES) $(CLUSTER),\
+	$(RUN)/modes,$(DATA)/config.json $(BASE_FILES)))
+
 # The prior of a DreamBooth method is vanilla's synthetic set; a clustered method's data are the clusters.
 inputs = $(DATA)/config.json $(BASE_FILES) $(patsubst %,%/config.json,\
-	$(filter $(RUN)/clusters $(RUN)/synthetic/vanilla,$($(1).is)))
+	$(filter $(RUN)/clusters $(RUN)/modes $(RUN)/synthetic/vanilla,$($(1).is)))
 $(foreach m,$(FINETUNED),$(eval $(call stage,finetune-$(m),\
 	finetune.py --base $(BASE) $($(m).is),$(RUN)/models/$(m),$(call inputs,$(m)))))
 

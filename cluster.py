@@ -1,15 +1,17 @@
-"""Stage 1: clusters the training images within each group (class x attribute).
+"""Stage 1: clusters the training images within each group (class x attribute), or within each class.
 
     python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k auto --out runs/digits-0.95/clusters
-    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k 3 --out /tmp/clusters
+    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k 5 --within class --out /tmp/modes
 
 CLIP image embeddings, then k-means within each group (paper, "Clustered DreamBooth"), so that no diffusion model
 has to carry too much variation. With `--k auto` the number of clusters is the one with the best silhouette.
 No cluster is smaller than --min-size: smaller ones join their nearest, a group too small to split stays whole.
+`--within class` (ours) clusters a class across its groups, for finetune.py --per dataset: each group's mean is taken
+out of its embeddings first, so that k-means does not find the attribute again.
 
 Reads DATA/metadata.csv and its images of split train. Writes OUT/metadata.csv (the same rows, with a column
-`cluster`, an integer from 0 within the group, largest first), OUT/<group>.png (a contact sheet, rows = clusters)
-and OUT/config.json.
+`cluster`, an integer from 0 within the group or class, largest first), OUT/<group or class>.png (a contact sheet,
+rows = clusters) and OUT/config.json.
 """
 
 import os
@@ -21,9 +23,9 @@ from data import imagefolder as folder
 
 
 def group_clusters(embeddings, k, k_max, min_size, seed):
-    """Clusters one group.
+    """Clusters one group, or one class.
 
-    embeddings: (N, D) float array of unit length. k: an int, or "auto" for the best silhouette in 2..k_max.
+    embeddings: (N, D) float array. k: an int, or "auto" for the best silhouette in 2..k_max.
     Returns labels (N,) int from 0, largest cluster first; all 0 where the group is too small to split.
     """
     from sklearn.metrics import silhouette_score
@@ -50,6 +52,33 @@ def kmeans(embeddings, k, min_size, seed):
     return np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")[labels]
 
 
+def without_group_means(embeddings, groups):
+    """Embeddings (N, D) less the mean of their group; groups: a name each."""
+    import numpy as np
+
+    names, members = np.unique(groups, return_inverse=True)
+    means = np.stack([embeddings[members == i].mean(0) for i in range(len(names))])
+    return embeddings - means[members]
+
+
+def attribute_left(embeddings, attributes, seed):
+    """Balanced accuracy with which a linear probe reads the attribute, 5-fold; None where there is too little of one.
+
+    1 / number of attributes is chance.
+    """
+    from collections import Counter
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    counts = Counter(attributes)
+    if len(counts) < 2 or min(counts.values()) < 5:
+        return None
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    probe = LogisticRegression(class_weight="balanced", max_iter=1000)
+    return cross_val_score(probe, embeddings, attributes, cv=folds, scoring="balanced_accuracy").mean()
+
+
 # ---------------------------------------------------------------------- models (later stages import these)
 
 
@@ -67,6 +96,9 @@ def pick_device(name):
 
 def load_model(read, name, flag):
     """read(name), a from_pretrained; InputError where no such model is, or where it is not whole."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for every file of a model hides the bars of the work
     try:
         return read(name)
     except Exception as error:  # these loaders raise OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
@@ -97,7 +129,9 @@ class Clip:
 
     def texts(self, texts):
         """Prompts -> (N, D) float32 on the CPU."""
-        tokens = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
+        tokens = self.processor(text=texts, padding="max_length", return_tensors="pt").to(self.device)
+        if tokens["input_ids"].shape[1] > self.model.config.text_config.max_position_embeddings:
+            raise folder.InputError("metadata.csv", f"a text is too long for CLIP, one of {texts}", "shorten it")
         return self._unit(self.model.text_model(**tokens).pooler_output, self.model.text_projection)
 
     def zero_shot(self, images, prompts):
@@ -133,9 +167,10 @@ def main():
     parser = folder.Arguments(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder in the one format")
     parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
-    parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters a group, or auto")
+    parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters a group or class, or auto")
+    parser.add_argument("--within", choices=("group", "class"), default="group", help="what is clustered")
     parser.add_argument("--k-max", type=folder.number(int, 1), default=5, help="most clusters that auto tries")
-    parser.add_argument("--min-size", type=folder.number(int, 1), default=10, help="least images a cluster (ours)")
+    parser.add_argument("--min-size", type=folder.number(int, 1), default=10, help="least images a cluster; few are memorised (ours)")
     parser.add_argument("--batch", type=folder.number(int, 1), default=64, help="images embedded at once")
     parser.add_argument("--seed", type=int, default=0, help="of k-means")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
@@ -145,16 +180,24 @@ def main():
 
     clip = Clip(args.clip, pick_device(args.device))
     embeddings = embed_images(clip, args.data, rows, args.batch)
+    if args.within == "class":
+        attributes = [row["a"] for row in rows]
+        before, embeddings = embeddings, without_group_means(embeddings, [folder.group_of(row) for row in rows])
+        left = [attribute_left(part, attributes, args.seed) for part in (before, embeddings)]
+        if None not in left:
+            print("attribute read by a linear probe (balanced accuracy): {:.2f}, group means out {:.2f}".format(*left))
+    names = [folder.group_of(row) if args.within == "group" else f"y{row['y']}" for row in rows]
     with folder.replacing(args.out) as out:
         out.mkdir()
-        for group, count in folder.group_counts(rows).items():
-            members = [i for i, row in enumerate(rows) if folder.group_of(row) == group]
+        for name in sorted(set(names)):
+            members = [i for i, other in enumerate(names) if other == name]
             labels = group_clusters(embeddings[members], args.k, args.k_max, args.min_size,
-                                    folder.seed_of(args.seed, group))
+                                    folder.seed_of(args.seed, name))
             for i, label in zip(members, labels):
                 rows[i]["cluster"] = int(label)
-            save_sheet(out / f"{group}.png", args.data, [rows[i] for i in members])
-            print(f"{group}: {count} images in clusters of {[list(labels).count(c) for c in range(max(labels) + 1)]}")
+            save_sheet(out / f"{name}.png", args.data, [rows[i] for i in members])
+            sizes = [list(labels).count(c) for c in range(max(labels) + 1)]
+            print(f"{name}: {len(members)} images in clusters of {sizes}")
         link_images(out, args.data, rows)
         folder.write_csv(out / "metadata.csv", rows)
         key = folder.digest(folder.folder_digest(args.data, rows), folder.model_digest(args.clip))

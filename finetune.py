@@ -8,6 +8,10 @@ Two axes give the paper's methods: what is trained (lora: low-rank updates of th
 dreambooth: the whole UNet, Ruiz et al. 2023) and on which unit (group, cluster). Clustered DreamBooth is dreambooth
 per cluster; vanilla needs no fine-tuning. A rare identifier in the prompt stands for the unit.
 
+Our compositional method trains one model `--per dataset`: each image with its own group's prompt, and an identifier
+for its cluster (of cluster.py --within class). What a class looks like is learned mostly from the common groups,
+the attribute from the prompt, and a rare group is then drawn in every mode of its class.
+
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the vanilla stage's images.
 Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for plain `load_lora_weights`, or unet/ for
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
@@ -49,7 +53,7 @@ def training_step(models, unit, step, args):
 
     rng = torch.Generator().manual_seed(folder.seed_of(args.seed, unit.name, step))
     parts = [(unit.images, 1.0)] + ([(unit.prior, args.prior_weight)] if unit.prior else [])
-    picks = [part.pick(step, args.batch, rng) for part, _ in parts]
+    picks = [part.pick(step, args.batch) for part, _ in parts]
     latents = torch.cat([part.latents(pick, rng) for (part, _), pick in zip(parts, picks)]).to(models.device)
     prompts = [part.prompts[i] for (part, _), pick in zip(parts, picks) for i in pick]
     noise = torch.randn(latents.shape, generator=rng).to(latents)
@@ -94,7 +98,8 @@ def finetune(models, unit, args):
     torch.manual_seed(folder.seed_of(args.seed, unit.name))  # LoRA's initial weights
     weights = trainable_weights(models, args)
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    schedule = get_scheduler(args.schedule, optimizer, args.warmup, args.steps)
+    schedule = get_scheduler(args.schedule, optimizer, num_warmup_steps=args.warmup,
+                             num_training_steps=args.steps)
     ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
     curve = []
     for step in trange(args.steps, desc=unit.name, mininterval=1, disable=not sys.stderr.isatty()):
@@ -124,10 +129,12 @@ def finetune(models, unit, args):
 class Images:
     """Images as the diffusion model sees them: moments of their latents, encoded once, and a prompt each."""
 
-    def __init__(self, models, data, rows, prompts, seed):
+    def __init__(self, models, data, rows, prompts, seed, balance=0.0):
         import torch
 
-        self.prompts, self.seed = prompts, seed
+        sizes = folder.group_counts(rows)
+        self.weights = torch.tensor([sizes[folder.group_of(row)] ** -balance for row in rows])
+        self.prompts, self.seed, self.balanced = prompts, seed, balance > 0 and len(sizes) > 1
         moments = [models.moments([folder.load_image(data / row["file_name"], models.size) for row in rows[i:i + 16]])
                    for i in range(0, len(rows), 16)]
         self.mean, self.deviation = (torch.cat(part) for part in zip(*moments))
@@ -135,10 +142,16 @@ class Images:
     def __bool__(self):
         return len(self.prompts) > 0
 
-    def pick(self, step, batch, rng):
-        """Indices of the images of a step: each epoch goes through all of them in an order of its own."""
+    def pick(self, step, batch):
+        """Indices of the images of a step: each epoch goes through all of them in an order of its own.
+
+        With a balance, groups are drawn with weights (1 / size) ** balance an image: 1 is groups equally often.
+        """
         import torch
 
+        if self.balanced:
+            rng = torch.Generator().manual_seed(folder.seed_of(self.seed, "step", step))
+            return torch.multinomial(self.weights, batch, replacement=True, generator=rng).tolist()
         count, indices = len(self.prompts), []
         for position in range(step * batch, (step + 1) * batch):
             epoch, index = divmod(position, count)
@@ -156,13 +169,14 @@ class Images:
 
 
 class Unit:
-    """What has weights of its own: a group, or a cluster of a group."""
+    """What has weights of its own: a group, a cluster of a group, or the whole dataset."""
 
-    def __init__(self, name, rows, prompts, prior_rows):
-        self.name, self.rows, self.row_prompts, self.prior_rows = name, rows, prompts, prior_rows
+    def __init__(self, name, rows, templates, prior_rows):
+        self.name, self.rows, self.templates, self.prior_rows = name, rows, templates, prior_rows
+        self.prompts = [template.replace("{text}", row["text"]) for template, row in zip(templates, rows)]
 
     def load(self, models, args):
-        self.images = Images(models, args.data, self.rows, self.row_prompts, (args.seed, self.name))
+        self.images = Images(models, args.data, self.rows, self.prompts, (args.seed, self.name), args.balance)
         self.prior = self.prior_rows and Images(models, args.prior, self.prior_rows,
                                                 [row["text"] for row in self.prior_rows],
                                                 (args.seed, self.name, "prior"))
@@ -172,14 +186,18 @@ def units_of(rows, prior_rows, args):
     """The units of the training rows, sorted by name."""
     names = {}
     for row in rows:
-        names.setdefault(unit_name(row, args.per), []).append(row)
-    return [Unit(name, members, [args.prompt.format(text=row["text"], identifier=args.identifier) for row in members],
-                 [row for row in prior_rows if folder.group_of(row) == folder.group_of(members[0])])
+        group = folder.group_of(row)
+        name = {"group": group, "cluster": f"{group}-c{row.get('cluster')}", "dataset": "all"}[args.per]
+        names.setdefault(name, []).append(row)
+    return [Unit(name, members, [prompt_template(row, args) for row in members],
+                 [row for row in prior_rows if folder.group_of(row) in folder.group_counts(members)])
             for name, members in sorted(names.items())]
 
 
-def unit_name(row, per):
-    return folder.group_of(row) + (f"-c{row['cluster']}" if per == "cluster" else "")
+def prompt_template(row, args):
+    """The prompt of a row with its identifier, and {text} for its caption. One model tells clusters by their number."""
+    number = row.get("cluster", "") if args.per == "dataset" else ""
+    return args.prompt.replace("{identifier}", f"{args.identifier}{number}")
 
 
 class Models:
@@ -206,8 +224,7 @@ class Models:
     def reset(self):
         """Back to the base's weights."""
         if getattr(self.unet, "peft_config", None):
-            self.unet.delete_adapters(list(self.unet.peft_config))
-            self.unet.unload_lora() if hasattr(self.unet, "unload_lora") else None
+            self.unet.unload_lora()
         for part, weights in self._base.items():
             part.load_state_dict(weights)
             part.requires_grad_(False)
@@ -256,7 +273,7 @@ def main():
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("base", "data", "prior", "out", "shard", "device")}
     for unit in units:
-        unit.key = folder.digest(settings, base, folder.code_digest(__file__), unit.row_prompts,
+        unit.key = folder.digest(settings, base, folder.code_digest(__file__), unit.prompts,
                                  folder.folder_digest(args.data, unit.rows),
                                  folder.folder_digest(args.prior, unit.prior_rows))
     (args.out / "config.json").unlink(missing_ok=True)
@@ -266,7 +283,7 @@ def main():
     if failures:
         sys.exit("\n".join(failures))
     if shards == 1:
-        publish_method(units, settings, args)
+        publish_method(units, args)
 
 
 def parse():
@@ -274,7 +291,8 @@ def parse():
     count, rate = folder.number(int, 1), folder.number(float, 0)
     what = parser.add_argument_group("what is trained, on what")
     what.add_argument("--method", choices=("lora", "dreambooth"), required=True, help="low-rank updates or the UNet")
-    what.add_argument("--per", choices=("group", "cluster"), default="group", help="the unit that has its own weights")
+    what.add_argument("--per", choices=("group", "cluster", "dataset"), default="group",
+                      help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
     what.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
     what.add_argument("--data", type=Path, required=True, help="folder in the one format; split train is used")
     what.add_argument("--prior", type=Path, help="folder of class images (the vanilla synthetic images) for prior "
@@ -283,6 +301,8 @@ def parse():
     how = parser.add_argument_group("how")
     how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
     how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
+    how.add_argument("--balance", type=folder.number(float, 0, 1), default=0.0, help="--per dataset: groups are drawn "
+                     "as they come (0) to equally often (1)")
     how.add_argument("--steps", type=count, default=800, help="optimiser steps a unit (diffusers: 400 to 800)")
     how.add_argument("--batch", type=count, default=1, help="images a step; as many class images beside them")
     how.add_argument("--accumulation", type=count, default=1, help="batches a step")
@@ -308,6 +328,8 @@ def parse():
         args.learning_rate = 1e-4 if args.method == "lora" else 5e-6
     if args.train_text_encoder and args.method == "lora":
         raise folder.InputError("--train-text-encoder", "LoRA trains the UNet alone", "use --method dreambooth")
+    if args.balance and args.per != "dataset":
+        raise folder.InputError("--balance", f"a {args.per} holds one group", "use --per dataset")
     if "{text}" not in args.prompt:
         raise folder.InputError("--prompt", "does not hold {text}", 'for example "{text} {identifier}"')
     return args
@@ -345,32 +367,38 @@ def train_units(units, args):
 
 def save_weights(out, models, args):
     from diffusers import StableDiffusionPipeline
-    from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
 
     if args.method == "lora":  # the metadata hold alpha: without it a plain load scales the update by 1
+        metadata = models.unet.peft_config["default"].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: in another order in each process
         StableDiffusionPipeline.save_lora_weights(out, get_peft_model_state_dict(models.unet),
-                                                  **_collate_lora_metadata({"unet": models.unet}))
+                                                  unet_lora_adapter_metadata=metadata)
         return
     models.unet.save_pretrained(out / "unet")
     if args.train_text_encoder:
         models.text_encoder.save_pretrained(out / "text_encoder")
 
 
-def publish_method(units, settings, args):
-    """Removes units that are no more, and writes OUT/config.json: each unit's prompts and how many images have them."""
-    names = {unit.name for unit in units}
+def publish_method(units, args):
+    """Removes units that are no more, and writes OUT/config.json with what generate.py is to draw.
+
+    A draw is a prompt of a unit for the groups of class y with attribute a (null: with any), and how many training
+    images stand behind it.
+    """
     for path in args.out.iterdir():
-        if path.is_dir() and path.name not in names:
+        if path.is_dir() and path.name not in {unit.name for unit in units}:
             folder.remove(path)
-    draws = []
+    draws = {}
     for unit in units:
-        prompts = {(folder.group_of(row), prompt): 0 for row, prompt in zip(unit.rows, unit.row_prompts)}
-        for row, prompt in zip(unit.rows, unit.row_prompts):
-            prompts[folder.group_of(row), prompt] += 1
-        draws += [{"name": unit.name, "unit": unit.name, "group": group, "prompt": prompt, "images": images,
-                   "key": unit.key} for (group, prompt), images in prompts.items()]
-    folder.write_config(args.out, args, folder.digest([unit.key for unit in units]), draws=draws)
+        for row, template in zip(unit.rows, unit.templates):
+            suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
+            a = None if args.per == "dataset" else row["a"]
+            draw = draws.setdefault((unit.name, row["y"], template), {
+                "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix, "prompt": template,
+                "images": 0})
+            draw["images"] += 1
+    folder.write_config(args.out, args, folder.digest([unit.key for unit in units]), draws=list(draws.values()))
 
 
 if __name__ == "__main__":

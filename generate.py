@@ -15,6 +15,7 @@ unit, seed, clip_score), OUT/<unit>/*.png and candidates.csv (every image tried)
 OUT/config.json.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -101,15 +102,22 @@ def draws_of(prompts, models, args):
             raise folder.InputError(config, "no such file", "point --models to the OUT of a finished finetune.py")
         trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
     draws = []
-    for group, prompt in prompts.items():
-        mine = [dict(draw, folder=Path(models) / draw["unit"]) for draw in trained if draw["group"] == group]
+    for group, text in prompts.items():
+        y, a = labels_of(group)
+        mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         if models and not mine:
             print(f"{group}: no training images, drawn by the base model")
-        mine = mine or [{"name": group, "group": group, "prompt": prompt, "folder": None, "images": 1, "key": None}]
-        weights = [draw["images"] if args.share == "size" else 1 for draw in mine]
-        for draw, share in zip(mine, share_out(args.images, weights)):
-            draws.append(dict(draw, share=share))
+        mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
+        shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
+        draws += [{"name": group + draw["suffix"], "group": group, "prompt": draw["prompt"].replace("{text}", text),
+                   "folder": draw["unit"] and Path(models) / draw["unit"], "key": draw["key"], "share": share}
+                  for draw, share in zip(mine, shares)]
     return draws
+
+
+def labels_of(group):
+    """`y0-a1` -> (0, 1)."""
+    return tuple(int(part[1:]) for part in group.split("-"))
 
 
 def dataset_prompts(data):
@@ -121,7 +129,10 @@ def load_pipeline(name, device, precision):
     """The base pipeline with DPM-Solver++ (Lu et al. 2022) in place of its own sampler."""
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a LoRA of the UNet alone is no reason to warn of the text encoder
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     pipe = load_model(lambda base: StableDiffusionPipeline.from_pretrained(
         base, safety_checker=None, requires_safety_checker=False, dtype=torch.bfloat16 if bf16 else torch.float32),
@@ -167,7 +178,7 @@ def main():
     settings = {name: getattr(args, name) for name in ("steps", "guidance_scale", "clip_threshold", "seed", "batch",
                                                        "precision")}
     made_by = folder.digest(settings, prompts, folder.model_digest(args.base), folder.model_digest(args.clip),
-                            folder.code_digest(__file__))
+                            inspect.getsource(Clip), folder.code_digest(__file__))
     for draw in draws:
         draw["key"] = folder.digest(made_by, draw["name"], draw["prompt"], draw["key"])
     shard, shards = args.shard
@@ -207,7 +218,7 @@ def parse():
     parser.add_argument("--steps", type=count, default=20, help="of DPM-Solver++")
     parser.add_argument("--guidance-scale", type=folder.number(float, 1), default=2.0,
                         help="of the prompt against the empty one; 1: none (half the cost)")
-    parser.add_argument("--clip-threshold", type=folder.number(float, 0, 1), default=0.5,
+    parser.add_argument("--clip-threshold", type=folder.number(float, 0, 1), default=0.1,
                         help="least probability of an image's own group among all groups' prompts; 0: no filter")
     parser.add_argument("--max-tries", type=count, default=20, help="candidates a wanted image before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
@@ -234,7 +245,7 @@ def publish(draws, prompts, made_by, args):
             folder.remove(path)
     rows, counts = [], {}
     for draw in draws:
-        y, a = (int(part[1:]) for part in draw["group"].split("-"))
+        y, a = labels_of(draw["group"])
         candidates = read_candidates(args.out / draw["name"])
         kept = [row for row in candidates if row["verdict"] == "kept"][:draw["share"]]
         tried = [row["verdict"] for row in candidates[:kept[-1]["index"] + 1]] if kept else []

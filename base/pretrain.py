@@ -128,7 +128,7 @@ def make_unet():
     return UNet2DConditionModel(sample_size=SIZE // 4, block_out_channels=(48, 96), layers_per_block=1,
                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16)
+                                cross_attention_dim=64, attention_head_dim=4, norm_num_groups=4)
 
 
 # ---------------------------------------------------------------------------------------------- the training
@@ -196,13 +196,14 @@ def train_vae(vae, images, steps, rate):
 
 
 def train_unet(unet, scheduler, latents, prompts, labels, steps, rate):
-    """Predicts the noise (Ho et al. 2020, algorithm 1), timesteps weighted by min-SNR (Hang et al. 2023) to settle
-    shapes in few steps; one caption in ten is empty, for guidance.
+    """Predicts the velocity (Salimans & Ho 2022, appendix D); one caption in ten is empty, for guidance.
+
+    A network this small can't copy the noise exactly, so that from predicted noise the first steps of sampling see
+    nothing of the caption: after 500 steps the error of the image at timestep 900 was 11.4, with velocity it is 0.23.
 
     latents: (N, 4, 8, 8), scaled to deviation 1. prompts: {(level, digit, colour) or None: (TOKENS, 64)}.
     """
     import torch
-    from diffusers.training_utils import compute_snr
 
     def loss_of(step):
         batch = torch.randint(len(latents), (64,))
@@ -213,9 +214,8 @@ def train_unet(unet, scheduler, latents, prompts, labels, steps, rate):
         noise = torch.randn(64, *latents.shape[1:])
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (64,))
         noisy = scheduler.add_noise(latents[batch], noise, timesteps)
-        losses = (unet(noisy, timesteps, embeds).sample - noise).pow(2).mean(dim=(1, 2, 3))
-        snr = compute_snr(scheduler, timesteps)
-        return (losses * snr.clamp(max=5) / snr).mean()
+        velocity = scheduler.get_velocity(latents[batch], noise, timesteps)
+        return torch.nn.functional.mse_loss(unet(noisy, timesteps, embeds).sample, velocity)
 
     optimise("unet", unet, loss_of, steps, rate)
 
@@ -234,13 +234,13 @@ def main():
     parser.add_argument("--images", type=count, default=12000, help="printed digits to draw")
     parser.add_argument("--vae-steps", type=count, default=400, help="of 32 images")
     parser.add_argument("--clip-steps", type=count, default=800, help="of 128 images")
-    parser.add_argument("--unet-steps", type=count, default=1600, help="of 64 images")
+    parser.add_argument("--unet-steps", type=count, default=1500, help="of 64 images")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
 
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from tqdm import tqdm
     from transformers import CLIPImageProcessor, CLIPProcessor
 
@@ -262,9 +262,11 @@ def main():
         tokens = tokenizer(list(texts.values()), padding="max_length", return_tensors="pt")
         prompts = dict(zip(texts, clip.text_model(tokens.input_ids).last_hidden_state))
         scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                                algorithm_type="dpmsolver++", timestep_spacing="trailing", steps_offset=1)
+                                                prediction_type="v_prediction", timestep_spacing="trailing",
+                                                steps_offset=1)
         unet = make_unet().to(memory_format=torch.channels_last)
-        train_unet(unet, scheduler, latents * vae.config.scaling_factor, prompts, labels, args.unet_steps, 2e-3)
+        train_unet(unet, DDPMScheduler.from_config(scheduler.config), latents * vae.config.scaling_factor, prompts,
+                   labels, args.unet_steps, 2e-3)
 
         pipe = StableDiffusionPipeline(vae, clip.text_model, tokenizer, unet, scheduler, safety_checker=None,
                                        feature_extractor=None, requires_safety_checker=False)

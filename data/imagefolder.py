@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -271,8 +272,8 @@ def model_digest(folder):
 
 
 def code_digest(*scripts):
-    """A digest of this file and the given scripts: results of edited code are not results of this code."""
-    return digest(Path(__file__), *map(Path, scripts))
+    """A digest of the given scripts and of what here decides their results: edited code makes other results."""
+    return digest(*map(Path, scripts), inspect.getsource(load_image), inspect.getsource(seed_of))
 
 
 def published(path, key):
@@ -285,7 +286,7 @@ def published(path, key):
 
 def write_config(folder, args, key, **more):
     """Writes folder/config.json: the arguments, the key, the versions of the libraries, and what else is given."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments = json.loads(json.dumps(vars(args), default=str))
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     write_json(Path(folder) / "config.json", {"key": key, "arguments": arguments, "versions": versions, **more})
 

@@ -29,8 +29,8 @@ def test_each_group_gets_weights_a_loss_curve_and_a_config(lora):
         with open(unit / "loss.csv") as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     draws = json.loads((lora / "config.json").read_text())["draws"]
-    assert {draw["group"]: draw["images"] for draw in draws} == {"y0-a0": 24, "y0-a1": 3, "y1-a0": 3, "y1-a1": 24}
-    assert draws[0]["prompt"] == "a photo of an even digit on a red background sks"
+    assert {draw["unit"]: draw["images"] for draw in draws} == {"y0-a0": 24, "y0-a1": 3, "y1-a0": 3, "y1-a1": 24}
+    assert draws[0]["prompt"] == "{text} sks"
 
 
 def test_a_plain_load_lora_weights_honours_alpha(base, lora):

@@ -102,4 +102,4 @@ def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
 
 def test_help_shows_the_settings_and_their_values(house):
     text = make(house, "help", "BIAS=0.9")
-    assert "BIAS       0.9" in text and "make test" in text
+    assert "BIAS          0.9" in text and "make test" in text
