@@ -170,7 +170,8 @@ def main():
     parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters a group or class, or auto")
     parser.add_argument("--within", choices=("group", "class"), default="group", help="what is clustered")
     parser.add_argument("--k-max", type=folder.number(int, 1), default=5, help="most clusters that auto tries")
-    parser.add_argument("--min-size", type=folder.number(int, 1), default=10, help="least images a cluster; few are memorised (ours)")
+    parser.add_argument("--min-size", type=folder.number(int, 1), default=10,
+                        help="least images a cluster; few are memorised (ours)")
     parser.add_argument("--batch", type=folder.number(int, 1), default=64, help="images embedded at once")
     parser.add_argument("--seed", type=int, default=0, help="of k-means")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")

@@ -17,6 +17,7 @@ Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for plain 
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -368,12 +369,15 @@ def train_units(units, args):
 def save_weights(out, models, args):
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
     if args.method == "lora":  # the metadata hold alpha: without it a plain load scales the update by 1
-        metadata = models.unet.peft_config["default"].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: in another order in each process
-        StableDiffusionPipeline.save_lora_weights(out, get_peft_model_state_dict(models.unet),
-                                                  unet_lora_adapter_metadata=metadata)
+        config = {f"unet.{name}": sorted(value) if isinstance(value, set) else value
+                  for name, value in models.unet.peft_config["default"].to_dict().items()}
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}  # one key: of several the order varies
+        StableDiffusionPipeline.save_lora_weights(
+            out, get_peft_model_state_dict(models.unet), weight_name="pytorch_lora_weights.safetensors",
+            save_function=lambda weights, path: save_file(weights, path, metadata=metadata))
         return
     models.unet.save_pretrained(out / "unet")
     if args.train_text_encoder:

@@ -62,32 +62,39 @@ def fill(pipe, clip, draw, prompts, out, args):
     `out` holds the images and candidates.csv; what an earlier, interrupted run left there is gone on from. Batches
     begin at multiples of --batch, so that it makes the very same images.
     """
-    import numpy as np
-    from PIL import Image
     from tqdm import tqdm
 
-    own = list(prompts).index(draw["group"])
     candidates = read_candidates(out)
     candidates = candidates[:len(candidates) // args.batch * args.batch]
     kept = sum(row["verdict"] == "kept" for row in candidates)
-    bar = tqdm(total=draw["share"], initial=min(kept, draw["share"]), desc=draw["name"], unit="image", mininterval=1)
-    while kept < draw["share"]:
-        if len(candidates) >= args.max_tries * draw["share"] + args.batch:
-            raise folder.InputError(draw["name"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
-                                    "lower --clip-threshold, raise --max-tries or fine-tune longer")
-        indices = range(len(candidates), len(candidates) + args.batch)
-        arrays = draw_candidates(pipe, draw, indices, args)
-        images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
-        scores = clip.zero_shot(images, list(prompts.values()))[:, own].tolist()
-        for index, array, image, score in zip(indices, arrays, images, scores):
-            row = {"index": index, "clip_score": f"{score:.4f}", "verdict": verdict(array, score, args.clip_threshold)}
-            if row["verdict"] == "kept":
-                image.save(out / f"{index:05}.png")
-            candidates.append(row)
-        folder.write_csv(out / "candidates.csv", candidates)
-        kept, before = sum(row["verdict"] == "kept" for row in candidates), kept
-        bar.update(min(kept, draw["share"]) - min(before, draw["share"]))
-    bar.close()
+    with tqdm(total=draw["share"], initial=min(kept, draw["share"]), desc=draw["name"], unit="image",
+              mininterval=1) as bar:
+        while kept < draw["share"]:
+            if len(candidates) >= args.max_tries * draw["share"] + args.batch:
+                found = f"{kept} of {len(candidates)} images kept, {draw['share']} wanted"
+                raise folder.InputError(draw["name"], found,
+                                        "lower --clip-threshold, raise --max-tries or fine-tune longer")
+            candidates += try_batch(pipe, clip, draw, prompts, range(len(candidates), len(candidates) + args.batch),
+                                    out, args)
+            folder.write_csv(out / "candidates.csv", candidates)
+            kept = sum(row["verdict"] == "kept" for row in candidates)
+            bar.update(min(kept, draw["share"]) - bar.n)
+
+
+def try_batch(pipe, clip, draw, prompts, indices, out, args):
+    """Draws the candidates `indices`, saves those that are kept, and returns a row of candidates.csv each."""
+    import numpy as np
+    from PIL import Image
+
+    arrays = draw_candidates(pipe, draw, indices, args)
+    images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
+    scores = clip.zero_shot(images, list(prompts.values()))[:, list(prompts).index(draw["group"])].tolist()
+    rows = [{"index": index, "clip_score": f"{score:.4f}", "verdict": verdict(array, score, args.clip_threshold)}
+            for index, array, score in zip(indices, arrays, scores)]
+    for row, image in zip(rows, images):
+        if row["verdict"] == "kept":
+            image.save(out / f"{row['index']:05}.png")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------- the units

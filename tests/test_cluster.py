@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import files_of, run
 
-from cluster import group_clusters
+from cluster import attribute_left, group_clusters, without_group_means
 from data import imagefolder as folder
 
 
@@ -31,6 +31,15 @@ def test_no_cluster_is_smaller_than_the_least_size():
 @pytest.mark.parametrize("size", (1, 2, 9))
 def test_a_group_too_small_to_split_stays_whole(size):
     assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size
+
+
+def test_without_the_means_of_groups_a_probe_no_longer_reads_an_added_attribute():
+    rng = np.random.default_rng(0)
+    attributes = np.arange(200) % 2
+    points = rng.normal(size=(200, 8)) + 3 * attributes[:, None]
+    assert attribute_left(points, attributes, 0) > 0.95
+    assert attribute_left(without_group_means(points, attributes), attributes, 0) < 0.65
+    assert attribute_left(points[:8], attributes[:8], 0) is None
 
 
 def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_a_group(base, dataset, tmp_path):

@@ -75,6 +75,23 @@ def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(bas
     assert all(moved) and (unit / "text_encoder" / "model.safetensors").is_file()
 
 
+def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(base, dataset, tmp_path):
+    """Also in a group without a single training image: y1-a0 is in val and test alone."""
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 9, (0, 1): 2, (1, 0): 0, (1, 1): 9})
+    run("cluster.py", "--data", data, "--clip", base / "clip", "--within", "class", "--k", 2, "--min-size", 2,
+        "--out", tmp_path / "modes")
+    modes = {(row["y"], row["cluster"]) for row in folder.read_metadata(tmp_path / "modes")}
+    run("finetune.py", "--method", "lora", "--per", "dataset", "--balance", 0.5, "--base", base, "--data",
+        tmp_path / "modes", *QUICK, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*/")] == ["all"]
+    text = run("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--models", tmp_path / "out",
+               "--images", 4, "--share", "even", "--steps", 2, "--clip-threshold", 0, "--out", tmp_path / "synthetic")
+    assert "drawn by the base model" not in text
+    rows = folder.read_metadata(tmp_path / "synthetic")
+    assert set(folder.group_counts(rows).values()) == {4}
+    assert {row["unit"] for row in rows} == {f"y{y}-a{a}-c{c}" for y, c in modes for a in (0, 1)}
+
+
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
     args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
             "--out", tmp_path / "out")
