@@ -7,7 +7,7 @@
 DATASET ?= digits
 BIAS    ?= 0.95
 -include data/$(DATASET).mk
-RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered compositional
+RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
 SEEDS   ?= 0 1 2
 BASE    ?= base/miniature
 CLIP    ?= $(BASE)/clip

@@ -153,7 +153,7 @@ def embed_images(clip, data, rows, batch):
 
     chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
     return torch.cat([clip.images([folder.load_image(data / row["file_name"], clip.size) for row in chunk])
-                      for chunk in tqdm(chunks, "embed", unit="batch", mininterval=1)]).numpy()
+                      for chunk in tqdm(chunks, "embed", unit="batch", mininterval=1, disable=None)]).numpy()
 
 
 # ------------------------------------------------------------------------------------------------ the stage

@@ -64,6 +64,8 @@ def read_predictions(path, split):
 def tidy_results(args, train_counts):
     """[{recipe, seed, group, metric, value}] of all recipes."""
     rows, tested = [], None
+    if len({recipe.name for recipe in args.classifiers}) < len(args.classifiers):
+        raise folder.InputError("--classifiers", "two have the same name", "a recipe is known by its folder's name")
     for recipe in args.classifiers:
         seeds = sorted(recipe.glob("seed*"), key=lambda path: int(path.name[4:]))
         if not seeds:
@@ -116,7 +118,7 @@ def save_figure(path, table):
                   label="each group" if place == 0 else None)
     axes.set(yticks=range(len(table)), yticklabels=list(reversed(table)), xlim=(0, 1),
              xlabel="worst-group accuracy (bar: mean, whisker: deviation over seeds)")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper right")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -103,7 +103,7 @@ def finetune(models, unit, args):
                              num_training_steps=args.steps)
     ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
     curve = []
-    for step in trange(args.steps, desc=unit.name, mininterval=1, disable=not sys.stderr.isatty()):
+    for step in trange(args.steps, desc=unit.name, mininterval=1, disable=None):
         total = 0.0
         for part in range(args.accumulation):
             loss = training_step(models, unit, step * args.accumulation + part, args) / args.accumulation
@@ -270,6 +270,9 @@ def main():
         raise folder.InputError(args.data / "metadata.csv", "has no column cluster", "point --data to cluster.py's OUT")
     prior_rows = folder.read_metadata(args.prior, "train") if args.prior else []
     units = units_of(rows, prior_rows, args)
+    for unit in units:
+        if args.prior and not unit.prior_rows:
+            raise folder.InputError(args.prior, f"has no class images for {unit.name}", "generate them for this --data")
     base = folder.model_digest(args.base)
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("base", "data", "prior", "out", "shard", "device")}
@@ -316,7 +319,8 @@ def parse():
     how.add_argument("--rank", type=count, default=16, help="of LoRA")
     how.add_argument("--alpha", type=count, help="of LoRA: updates are scaled by alpha / rank; default: the rank")
     how.add_argument("--snr-gamma", type=rate, default=0.0, help="min-SNR weighting, 5 is usual; 0: none")
-    how.add_argument("--ema-decay", type=folder.number(float, 0, 1), default=0.0, help="of dreambooth's weights; 0: none")
+    how.add_argument("--ema-decay", type=folder.number(float, 0, 1), default=0.0,
+                     help="of dreambooth's weights; 0: none")
     how.add_argument("--train-text-encoder", action=folder.Flag, default=False, help="dreambooth only")
     how.add_argument("--gradient-checkpointing", action=folder.Flag, default=False, help="less memory, a third slower")
     how.add_argument("--seed", type=int, default=0, help="of everything")

@@ -68,7 +68,7 @@ def fill(pipe, clip, draw, prompts, out, args):
     candidates = candidates[:len(candidates) // args.batch * args.batch]
     kept = sum(row["verdict"] == "kept" for row in candidates)
     with tqdm(total=draw["share"], initial=min(kept, draw["share"]), desc=draw["name"], unit="image",
-              mininterval=1) as bar:
+              mininterval=1, disable=None) as bar:
         while kept < draw["share"]:
             if len(candidates) >= args.max_tries * draw["share"] + args.batch:
                 found = f"{kept} of {len(candidates)} images kept, {draw['share']} wanted"
@@ -79,6 +79,7 @@ def fill(pipe, clip, draw, prompts, out, args):
             folder.write_csv(out / "candidates.csv", candidates)
             kept = sum(row["verdict"] == "kept" for row in candidates)
             bar.update(min(kept, draw["share"]) - bar.n)
+    print(f"{draw['name']}: {len(candidates)} images drawn, {kept} kept, {draw['share']} wanted", flush=True)
 
 
 def try_batch(pipe, clip, draw, prompts, indices, out, args):
@@ -107,7 +108,10 @@ def draws_of(prompts, models, args):
         config = Path(models) / "config.json"
         if not config.is_file():
             raise folder.InputError(config, "no such file", "point --models to the OUT of a finished finetune.py")
-        trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
+        try:
+            trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
+        except (ValueError, KeyError, TypeError):
+            raise folder.InputError(config, "is not of finetune.py", "fine-tune again") from None
     draws = []
     for group, text in prompts.items():
         y, a = labels_of(group)
@@ -153,16 +157,24 @@ def load_pipeline(name, device, precision):
 
 def load_unit(pipe, weights):
     """Puts a unit's weights (a folder of finetune.py, or None for the base's own) into the pipeline."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    lora = weights and (weights / "pytorch_lora_weights.safetensors").is_file()
+    if weights and not lora and not (weights / "unet").is_dir():
+        raise folder.InputError(weights, "holds neither a LoRA nor a UNet", "fine-tune again")
     pipe.unload_lora_weights()
-    for part, base in pipe.base_weights.items():
-        files = sorted((weights / part).glob("*.safetensors")) if weights else []
-        getattr(pipe, part).load_state_dict(load_file(files[0]) if files else base)
-    if weights and (weights / "pytorch_lora_weights.safetensors").is_file():
-        pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
-        if not pipe.get_list_adapters():
-            raise folder.InputError(weights, "holds no LoRA weights of this model", "fine-tune with the same --base")
+    try:
+        for part, base in pipe.base_weights.items():
+            files = sorted((weights / part).glob("*.safetensors")) if weights else []
+            getattr(pipe, part).load_state_dict(load_file(files[0]) if files else base)
+        if lora:
+            pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise folder.InputError(weights, f"can't be loaded: {str(error).splitlines()[0]}",
+                                "fine-tune again, with the same --base") from None
+    if lora and not pipe.get_list_adapters():
+        raise folder.InputError(weights, "holds no LoRA weights of this model", "fine-tune with the same --base")
 
 
 def read_candidates(out):
@@ -260,7 +272,6 @@ def publish(draws, prompts, made_by, args):
         rows += [{"file_name": f"{draw['name']}/{row['index']:05}.png", "split": "train", "y": y, "a": a,
                   "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
                   "seed": folder.seed_of(args.seed, draw["name"], row["index"])} for row in kept]
-        print(f"{draw['name']}: {counts[draw['name']]}", flush=True)
     for group in prompts:
         units = {}
         for row in rows:

@@ -12,6 +12,7 @@ Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with mo
 (file_name, split, y, a, prediction, a probability a class), log.csv and config.json; last OUT/config.json.
 """
 
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -131,7 +132,7 @@ class Images:
 
         self.rows = rows
         self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-        for pixels, row in zip(self.pixels, tqdm(rows, f"read {data}", unit="image", mininterval=1)):
+        for pixels, row in zip(self.pixels, tqdm(rows, f"read {data}", unit="image", mininterval=1, disable=None)):
             pixels.copy_(pil_to_tensor(folder.load_image(data / row["file_name"], size)))
         self.y = torch.tensor([row["y"] for row in rows])
         self.group = torch.tensor([groups.index(folder.group_of(row)) for row in rows])
@@ -187,7 +188,8 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             optimizer.step()
             total += loss.item() / len(batches)
         if not total < float("inf"):
-            raise FloatingPointError(f"loss is {total} in epoch {epoch} of {phase} (learning rate {rate:g})")
+            sys.exit(f"train_classifier.py: error: seed {seed}: loss is {total} in epoch {epoch} on {phase.images} "
+                     f"images (learning rate {rate:g}, batch {args.batch})")
         schedule.step()
         accuracies = group_accuracies(predict(model, val).argmax(1), val)
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
@@ -283,7 +285,8 @@ def parse():
     parser.add_argument("--temperature", type=folder.number(float, 1e-6), default=0.1, help="of the contrastive loss")
     parser.add_argument("--dro-step", type=rate, default=0.01, help="step size of Group-DRO's weights (its authors')")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
-    parser.add_argument("--shard", type=folder.shard_of, default="0/1", help="i/n: train every n-th seed, from the i-th")
+    parser.add_argument("--shard", type=folder.shard_of, default="0/1",
+                        help="i/n: train every n-th seed, from the i-th")
     args = parser.parse_args()
     if args.arch == "cnn" and args.weights != "none":
         raise folder.InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet18 or resnet50")

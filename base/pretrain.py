@@ -142,7 +142,7 @@ def optimise(name, model, loss_of, steps, rate):
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
-    bar = trange(steps, desc=name, mininterval=1)
+    bar = trange(steps, desc=name, mininterval=1, disable=None)
     for step in bar:
         loss = loss_of(step)
         loss.backward()
@@ -152,6 +152,7 @@ def optimise(name, model, loss_of, steps, rate):
         schedule.step()
         if step % 50 == 49 or step == steps - 1:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    print(f"{name}: {steps} steps, loss {loss.item():.3f}", flush=True)
     model.eval().requires_grad_(False)
 
 
@@ -253,7 +254,7 @@ def main():
 
         vae = make_vae().to(memory_format=torch.channels_last)
         train_vae(vae, images, args.vae_steps, 2e-3)
-        moments = [vae.encode(batch).latent_dist for batch in tqdm(images.split(64), "encode", mininterval=1)]
+        moments = [vae.encode(batch).latent_dist for batch in tqdm(images.split(64), "encode", disable=None)]
         latents = torch.cat([moment.sample() for moment in moments])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
 

@@ -36,7 +36,7 @@ def test_each_group_gets_weights_a_loss_curve_and_a_config(lora):
 def test_a_plain_load_lora_weights_honours_alpha(base, lora):
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_lora_weights(lora / "y0-a0")
-    (layer,) = [m for name, m in pipe.unet.named_modules() if name.endswith("mid_block.attentions.0.transformer_blocks.0.attn2.to_q")]
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
     assert layer.scaling == {"default_0": 4.0}
     assert layer.lora_B["default_0"].weight.abs().max() > 0
 

@@ -106,3 +106,10 @@ def test_a_group_without_training_images_falls_back_to_the_base_and_is_reported(
 
 def test_wrong_input_is_one_line(command, tmp_path):
     run(*command, "--models", tmp_path, "--out", tmp_path / "v", fails="no such file")
+    draw = {"unit": "y0-a0", "key": "k", "y": 0, "a": 0, "suffix": "", "prompt": "{text}", "images": 1}
+    folder.write_json(tmp_path / "config.json", {"draws": [draw]})
+    run(*command, "--models", tmp_path, "--images", 1, "--out", tmp_path / "v", fails="neither a LoRA nor a UNet")
+    (tmp_path / "y0-a0").mkdir()
+    (tmp_path / "y0-a0" / "pytorch_lora_weights.safetensors").write_bytes(b"no weights")
+    run(*command, "--models", tmp_path, "--images", 1, "--out", tmp_path / "v", fails="can't be loaded")
+    assert not (tmp_path / "v" / "metadata.csv").exists()

@@ -37,7 +37,8 @@ def test_bad_metadata_is_one_line_and_nothing_is_published(case, tmp_path):
     (tmp_path / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     for name in ("x.png", "z.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    run("finetune.py", "--method", "lora", "--base", "none", "--data", tmp_path, "--out", tmp_path / "out", fails=message)
+    run("finetune.py", "--method", "lora", "--base", "none", "--data", tmp_path, "--out", tmp_path / "out",
+        fails=message)
     assert not (tmp_path / "out").exists()
 
 

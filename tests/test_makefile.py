@@ -93,7 +93,7 @@ def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
 def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
     runs = house / "runs" / "digits-0.95"
     before = files_of(runs)
-    shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: a unit less, nothing that says done
+    shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: no unit, nothing that says done
     for name in ("models/lora/config.json", "synthetic/lora/config.json", "synthetic/lora/metadata.csv"):
         (runs / name).unlink()
     make(house)

@@ -50,4 +50,4 @@ def test_another_severity_has_the_same_images_in_the_same_splits(digits, tmp_pat
 
 
 def test_a_severity_out_of_range_is_refused(tmp_path):
-    run("data/prepare.py", "digits", "--bias", 1.2, "--out", tmp_path / "d", fails="argument --bias: 1.2 is not between")
+    run("data/prepare.py", "digits", "--bias", 1.2, "--out", tmp_path / "d", fails="--bias: 1.2 is not between")
