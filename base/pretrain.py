@@ -14,6 +14,7 @@ and OUT/samples.png (the model's own).
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,22 +85,34 @@ def caption(level, digit, colour):
 
 def make_tokenizer(out):
     """A CLIPTokenizer that knows the captions' words whole and spells any other word byte by byte."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     words = sorted({word for text in CAPTIONS for word in text.split() if "{" not in word}
                    | {*DIGITS, *COLOURS, "even", "odd"})
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", initial_alphabet=letters,
-                                                       show_progress=False))
-    model = json.loads(bpe.to_str())["model"]
-    vocabulary = letters + [letter + "</w>" for letter in letters] + sorted(model["vocab"], key=model["vocab"].get)
+    letters = sorted(ByteLevel.alphabet())
+    merges = byte_pairs(words)
+    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     out.mkdir(parents=True)
     tokens = dict.fromkeys((*vocabulary, "<|startoftext|>", "<|endoftext|>"))
     (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges))
     return CLIPTokenizer.from_pretrained(out, model_max_length=TOKENS)
+
+
+def byte_pairs(words):
+    """Merges that make each word one token (Sennrich et al. 2016, algorithm 1).
+
+    Not by the library's BpeTrainer: it breaks ties in another order in every process, and with them our seed.
+    """
+    pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in words], []
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        merges.append(best := min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for word in pieces:
+            for i in range(len(word) - 1, 0, -1):
+                if (word[i - 1], *word[i:i + 1]) == best:
+                    word[i - 1:i + 1] = ["".join(best)]
+    return merges
 
 
 def make_clip(tokenizer):
