@@ -78,10 +78,11 @@ STAMPS = $(RUN)/.stamps
 differ = $(subst x$(1)x,,x$(2)x)$(subst x$(2)x,,x$(1)x)
 
 # $(call sharded,COMMAND): in SHARDS processes side by side (as many as -j allows), then once more to publish.
-sharded = $(if $(filter-out 1,$(SHARDS)),+@$(MAKE) --no-print-directory $(foreach i,$(shell seq $(SHARDS)),shard-$(i)) \
-	COMMAND='$(1)')$(if $(filter-out 1,$(SHARDS)),$(newline)	)$(LAUNCH) $(PY) $(1)
+SHARDED = finetune.py generate.py train_classifier.py
+sharded = $(if $(and $(filter-out 1,$(SHARDS)),$(filter $(SHARDED),$(firstword $(1)))),+@$(MAKE) --no-print-directory \
+	$(foreach i,$(shell seq 0 $$(($(SHARDS) - 1))),shard-$(i)) COMMAND='$(1)'$(newline)	)$(LAUNCH) $(PY) $(1)
 shard-%:
-	$(LAUNCH) $(PY) $(COMMAND) --shard $$(($* - 1))/$(SHARDS)
+	$(LAUNCH) $(PY) $(COMMAND) --shard $*/$(SHARDS)
 define newline
 
 

@@ -170,7 +170,7 @@ def load_unit(pipe, weights):
             getattr(pipe, part).load_state_dict(load_file(files[0]) if files else base)
         if lora:
             pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise folder.InputError(weights, f"can't be loaded: {str(error).splitlines()[0]}",
                                 "fine-tune again, with the same --base") from None
     if lora and not pipe.get_list_adapters():
