@@ -5,8 +5,14 @@
 # ---- settings: the command line wins over data/<dataset>.mk, which wins over what stands here ----------------
 
 DATASET ?= digits
-BIAS    ?= 0.95
 -include data/$(DATASET).mk
+LOADER  ?= $(DATASET)
+BIAS    ?= 0.95
+SWEEP   ?= 0.5 0.8 0.9 0.95 0.99 1
+ifneq ($(word 2,$(BIAS)),)
+SWEEP         := $(BIAS)
+override BIAS := $(firstword $(BIAS))
+endif
 RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
 SEEDS   ?= 0 1 2
 BASE    ?= base/miniature
@@ -16,10 +22,12 @@ MODES   ?= auto
 IMAGES  ?= 250
 EPOCHS  ?= 30
 SHARDS  ?= 1
+# no: a method's weights are removed once its images are made, and trained again when others are wanted
+KEEP_WEIGHTS ?= yes
 
 # Empty unless set: more flags of a stage, whatever its --help tells (CLUSTER="--k-max 8"): PREPARE CLUSTER GENERATE
-# CLASSIFIER PRETRAIN, and of finetune.py LORA, DREAMBOOTH and COMPOSITIONAL; LAUNCH stands before each command ("srun --gpus=1").
-
+# CLASSIFIER PRETRAIN, and of finetune.py LORA, DREAMBOOTH and COMPOSITIONAL; LAUNCH stands before each command
+# ("srun --gpus=1").
 
 # A generative method is what is trained, on which unit. To add one: a word here and a line of its flags.
 FINETUNED         = lora dreambooth clustered clustered-lora compositional
@@ -36,24 +44,32 @@ RUN     = runs/$(DATASET)-$(BIAS)
 PYTHON ?= python3
 PY      = .venv/bin/python
 
-.PHONY: all test help clean FORCE
+.PHONY: all sweep each-bias test help clean FORCE
 .DELETE_ON_ERROR:
 
 all: $(RUN)/results/config.json
-	@cat $(RUN)/results/results.md
+	@cat $(RUN)/results/results.md; cat $(RUN)/results/cost.md 2>/dev/null || true
 	@echo "Pictures: $(RUN)/results/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
+
+# Worst-group accuracy against bias: make sweep, or make sweep BIAS="0.9 0.99".
+sweep: each-bias
+	$(PY) evaluate.py --sweep $(SWEEP:%=runs/$(DATASET)-%/results) --out runs/$(DATASET)-sweep
+
+each-bias:
+	$(foreach b,$(SWEEP),+@$(MAKE) --no-print-directory BIAS=$(b) runs/$(DATASET)-$(b)/results/config.json$(newline)	)
 
 test: .venv/installed
 	$(PY) -m pytest -q tests
 
 help:
 	@echo "make           run $(RECIPES) on $(DATA)"
+	@echo "make sweep     the same for every bias of $(SWEEP)"
 	@echo "make test      install, and run the tests"
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
-	@$(foreach v,DATASET BIAS RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS PREPARE CLUSTER LORA DREAMBOOTH COMPOSITIONAL GENERATE \
-	  CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
+	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER LORA \
+	  DREAMBOOTH COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)
@@ -65,13 +81,15 @@ clean:
 
 # ---- how a stage runs -----------------------------------------------------------------------------------------
 
-# $(call stage,NAME,SCRIPT ARGUMENTS,OUT,INPUTS): runs `SCRIPT ARGUMENTS --out OUT` when an input is newer than
+# $(call stage,NAME,SCRIPT ARGUMENTS,OUT,INPUTS,FIRST): runs `SCRIPT ARGUMENTS --out OUT` when an input is newer than
 # OUT/config.json, the last file that a stage writes, or when the arguments are not those of the last time. These lie
-# in a stamp, compared while make reads this file: so `make -n` tells the truth and changes nothing.
+# in a stamp, compared while make reads this file: so `make -n` tells the truth and changes nothing. FIRST, where it is
+# given, is a command that runs before.
 define stage
 $(STAMPS)/$(1): $(if $(call differ,$(strip $(2)),$(shell cat $(STAMPS)/$(1) 2>/dev/null)),FORCE)
 	@mkdir -p $$(@D); echo '$(strip $(2))' > $$@
 $(3)/config.json: $(firstword $(2)) data/imagefolder.py $(STAMPS)/$(1) $(4) | .venv/installed
+	$(if $(strip $(5)),$(call sharded,$(strip $(5))))
 	$(call sharded,$(strip $(2)) --out $(3))
 endef
 STAMPS = $(RUN)/.stamps
@@ -96,7 +114,7 @@ METHODS    = $(filter vanilla $(FINETUNED),$(RECIPES))
 base/miniature/config.json: base/pretrain.py | .venv/installed
 	$(LAUNCH) $(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
 
-$(eval $(call stage,prepare,data/prepare.py $(DATASET) --bias $(BIAS) $(PREPARE),$(DATA)))
+$(eval $(call stage,prepare,data/prepare.py $(LOADER) --bias $(BIAS) $(PREPARE),$(DATA)))
 
 $(eval $(call stage,cluster,cluster.py --data $(DATA) --clip $(CLIP) --k $(K) $(CLUSTER),$(RUN)/clusters,\
 	$(DATA)/config.json $(BASE_FILES)))
@@ -110,15 +128,27 @@ inputs = $(DATA)/config.json $(BASE_FILES) $(patsubst %,%/config.json,\
 $(foreach m,$(FINETUNED),$(eval $(call stage,finetune-$(m),\
 	finetune.py --base $(BASE) $($(m).is),$(RUN)/models/$(m),$(call inputs,$(m)))))
 
+dropped = $(if $(filter no,$(KEEP_WEIGHTS)),$(filter $(FINETUNED),$(1)))
+
 $(foreach m,vanilla $(FINETUNED),$(eval $(call stage,generate-$(m),\
 	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(GENERATE) \
-	$(if $(filter-out vanilla,$(m)),--models $(RUN)/models/$(m)),$(RUN)/synthetic/$(m),\
-	cluster.py $(DATA)/config.json $(BASE_FILES) $(if $(filter-out vanilla,$(m)),$(RUN)/models/$(m)/config.json))))
+	$(if $(filter-out vanilla,$(m)),--models $(RUN)/models/$(m)) $(if $(call dropped,$(m)),--drop-weights),\
+	$(RUN)/synthetic/$(m),\
+	cluster.py finetune.py $(DATA)/config.json $(BASE_FILES) \
+	$(if $(filter-out vanilla,$(m)),$(RUN)/models/$(m)/config.json),\
+	$(if $(call dropped,$(m)),finetune.py --base $(BASE) $($(m).is) --out $(RUN)/models/$(m)))))
 
 $(foreach r,$(RECIPES),$(eval $(call stage,classifier-$(r),\
 	train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
 	$(if $(filter $(r),$(METHODS)),--recipe two-stage --synthetic $(RUN)/synthetic/$(r),--recipe $(r)),\
 	$(RUN)/classifiers/$(r),$(DATA)/config.json $(if $(filter $(r),$(METHODS)),$(RUN)/synthetic/$(r)/config.json))))
 
+# A judge of synthetic images, where a dataset has one, is a classifier that the run without bias trained.
+ifneq ($(BIAS),0.5)
+$(JUDGE:/seed0=/config.json):
+	+@$(MAKE) --no-print-directory BIAS=0.5 SEEDS=0 $@
+endif
+
 $(eval $(call stage,evaluate,evaluate.py --data $(DATA) --classifiers $(RECIPES:%=$(RUN)/classifiers/%) \
-	--synthetic $(METHODS:%=$(RUN)/synthetic/%),$(RUN)/results,$(RECIPES:%=$(RUN)/classifiers/%/config.json)))
+	$(if $(METHODS),--synthetic $(METHODS:%=$(RUN)/synthetic/%) --clip $(CLIP) $(JUDGE:%=--judge %)),$(RUN)/results,\
+	$(RECIPES:%=$(RUN)/classifiers/%/config.json) $(if $(METHODS),$(JUDGE:/seed0=/config.json))))

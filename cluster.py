@@ -107,6 +107,13 @@ def load_model(read, name, flag):
                                 "give a folder in diffusers layout or, with a network, a hub id") from None
 
 
+def weights_of(model):
+    """A from_pretrained that reads no pickle, and no other precision than fp32."""
+    import torch
+
+    return lambda name: model.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+
+
 class Clip:
     """CLIP's two towers, by folder or hub id: embeddings of unit length."""
 
@@ -114,7 +121,7 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         self.device = device
-        self.model = load_model(CLIPModel.from_pretrained, name, "--clip").to(device).eval().requires_grad_(False)
+        self.model = load_model(weights_of(CLIPModel), name, "--clip").to(device).eval().requires_grad_(False)
         self.processor = load_model(CLIPProcessor.from_pretrained, name, "--clip")
 
     @property
@@ -146,8 +153,27 @@ class Clip:
         return torch.nn.functional.normalize(projection(pooled).float(), dim=1).cpu()
 
 
+class Encoder:
+    """Another image encoder, by folder or hub id, such as DINOv2: its pooled output."""
+
+    def __init__(self, name, device):
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.device = device
+        self.model = load_model(weights_of(AutoModel), name, "--encoder").to(device).eval().requires_grad_(False)
+        self.processor = load_model(AutoImageProcessor.from_pretrained, name, "--encoder")
+        self.size = self.model.config.image_size
+
+    def images(self, images):
+        """PIL images -> (N, D) float32 of unit length on the CPU."""
+        import torch
+
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        return torch.nn.functional.normalize(self.model(pixels).pooler_output.float(), dim=1).cpu()
+
+
 def embed_images(clip, data, rows, batch):
-    """CLIP embeddings of rows of metadata, (N, D) float array."""
+    """Embeddings of rows of metadata, (N, D) float array."""
     import torch
     from tqdm import tqdm
 
@@ -167,6 +193,8 @@ def main():
     parser = folder.Arguments(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder in the one format")
     parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
+    parser.add_argument("--encoder", help="folder or hub id of another image encoder to cluster with, such as "
+                        "facebook/dinov2-base; none: CLIP")
     parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters a group or class, or auto")
     parser.add_argument("--within", choices=("group", "class"), default="group", help="what is clustered")
     parser.add_argument("--k-max", type=folder.number(int, 1), default=5, help="most clusters that auto tries")
@@ -179,8 +207,8 @@ def main():
     args = parser.parse_args()
     rows = folder.read_metadata(args.data, "train")
 
-    clip = Clip(args.clip, pick_device(args.device))
-    embeddings = embed_images(clip, args.data, rows, args.batch)
+    encoder = (Encoder if args.encoder else Clip)(args.encoder or args.clip, pick_device(args.device))
+    embeddings = embed_images(encoder, args.data, rows, args.batch)
     if args.within == "class":
         attributes = [row["a"] for row in rows]
         before, embeddings = embeddings, without_group_means(embeddings, [folder.group_of(row) for row in rows])
@@ -201,7 +229,7 @@ def main():
             print(f"{name}: {len(members)} images in clusters of {sizes}")
         link_images(out, args.data, rows)
         folder.write_csv(out / "metadata.csv", rows)
-        key = folder.digest(folder.folder_digest(args.data, rows), folder.model_digest(args.clip))
+        key = folder.digest(folder.folder_digest(args.data, rows), folder.model_digest(args.encoder or args.clip))
         folder.write_config(out, args, key)
 
 

@@ -19,6 +19,7 @@ Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for plain 
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from cluster import load_model, pick_device
@@ -56,7 +57,7 @@ def training_step(models, unit, step, args):
     parts = [(unit.images, 1.0)] + ([(unit.prior, args.prior_weight)] if unit.prior else [])
     picks = [part.pick(step, args.batch) for part, _ in parts]
     latents = torch.cat([part.latents(pick, rng) for (part, _), pick in zip(parts, picks)]).to(models.device)
-    prompts = [part.prompts[i] for (part, _), pick in zip(parts, picks) for i in pick]
+    prompts = [part.prompt(i, rng, args.part_dropout) for (part, _), pick in zip(parts, picks) for i in pick]
     noise = torch.randn(latents.shape, generator=rng).to(latents)
     timesteps = torch.randint(models.scheduler.config.num_train_timesteps, (len(latents),), generator=rng)
     timesteps = timesteps.to(models.device)
@@ -131,6 +132,7 @@ class Images:
     """Images as the diffusion model sees them: moments of their latents, encoded once, and a prompt each."""
 
     def __init__(self, models, data, rows, prompts, seed, balance=0.0):
+        """prompts: of each row (the whole, without its attribute, without its class)."""
         import torch
 
         sizes = folder.group_counts(rows)
@@ -161,6 +163,15 @@ class Images:
             indices.append(order[index].item())
         return indices
 
+    def prompt(self, index, rng, dropout):
+        """The prompt of an image; with probability `dropout` each, it loses its attribute, or its class, or both."""
+        import torch
+
+        if not dropout:
+            return self.prompts[index][0]
+        no_attribute, no_class = (torch.rand(2, generator=rng) < dropout).tolist()
+        return "" if no_attribute and no_class else self.prompts[index][1 if no_attribute else 2 if no_class else 0]
+
     def latents(self, indices, rng):
         """Latents drawn anew from the VAE's posterior, (len(indices), 4, h, w)."""
         import torch
@@ -172,25 +183,29 @@ class Images:
 class Unit:
     """What has weights of its own: a group, a cluster of a group, or the whole dataset."""
 
-    def __init__(self, name, rows, templates, prior_rows):
+    def __init__(self, name, rows, templates, parts, prior_rows):
         self.name, self.rows, self.templates, self.prior_rows = name, rows, templates, prior_rows
-        self.prompts = [template.replace("{text}", row["text"]) for template, row in zip(templates, rows)]
+        self.prompts = []  # of each row: whole, without its attribute, without its class
+        for template, row in zip(templates, rows):
+            of_class, of_attribute = parts[folder.group_of(row)]
+            self.prompts.append((template.replace("{text}", row["text"]), template.replace("{text}", of_class),
+                                 of_attribute))
 
     def load(self, models, args):
         self.images = Images(models, args.data, self.rows, self.prompts, (args.seed, self.name), args.balance)
         self.prior = self.prior_rows and Images(models, args.prior, self.prior_rows,
-                                                [row["text"] for row in self.prior_rows],
+                                                [(row["text"],) * 3 for row in self.prior_rows],
                                                 (args.seed, self.name, "prior"))
 
 
-def units_of(rows, prior_rows, args):
-    """The units of the training rows, sorted by name."""
+def units_of(rows, parts, prior_rows, args):
+    """The units of the training rows, sorted by name. parts: folder.prompt_parts of all groups."""
     names = {}
     for row in rows:
         group = folder.group_of(row)
         name = {"group": group, "cluster": f"{group}-c{row.get('cluster')}", "dataset": "all"}[args.per]
         names.setdefault(name, []).append(row)
-    return [Unit(name, members, [prompt_template(row, args) for row in members],
+    return [Unit(name, members, [prompt_template(row, args) for row in members], parts,
                  [row for row in prior_rows if folder.group_of(row) in folder.group_counts(members)])
             for name, members in sorted(names.items())]
 
@@ -201,22 +216,58 @@ def prompt_template(row, args):
     return args.prompt.replace("{identifier}", f"{args.identifier}{number}")
 
 
+def load_pipeline(name, dtype):
+    """Stable Diffusion 1.x or 2.x with its safety checker off: a folder in diffusers layout, with fp16 variants or
+    without, a hub id, or a single .safetensors file (with a folder of the same name for its configs, where the hub
+    can't be reached). Epsilon or velocity is read from the scheduler's config. Pickles are never read."""
+    from diffusers import StableDiffusionPipeline
+
+    off = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+
+    def read(name):
+        if name.endswith(".safetensors"):
+            config = Path(name).with_suffix("")
+            options = {"config": str(config)} if config.is_dir() else {}
+            return StableDiffusionPipeline.from_single_file(name, dtype=dtype, **off, **options)
+        try:
+            return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **off)
+        except OSError:
+            variants = Path(name).is_dir() and any(Path(name).rglob("*.fp16.safetensors"))
+            if not variants:
+                raise
+            return StableDiffusionPipeline.from_pretrained(name, variant="fp16", dtype=dtype, use_safetensors=True,
+                                                           **off)
+
+    pipe = load_model(read, str(name), "--base")
+    if pipe.unet.config.addition_embed_type:
+        raise folder.InputError(f"--base {name}", "is a Stable Diffusion XL", "give a Stable Diffusion 1.x or 2.x")
+    return pipe
+
+
+def tokens_of(tokenizer, prompts):
+    """Token ids of prompts, (len(prompts), tokens). A prompt that is too long is an InputError, no silent cut."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokenizer.model_max_length:
+            raise folder.InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes "
+                                    f"{tokenizer.model_max_length}", "shorten it")
+    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids
+
+
 class Models:
-    """The base: VAE, text encoder, UNet and noise schedule, in diffusers layout."""
+    """The base: VAE, text encoder, UNet and noise schedule."""
 
     def __init__(self, name, device, bf16):
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
+        import torch
+        from diffusers import DDPMScheduler
 
-        def read(kind, part, flag="--base"):
-            return load_model(lambda base: kind.from_pretrained(base, subfolder=part), name, flag)
-
-        self.device, self.bf16 = device, bf16
-        self.tokenizer = read(CLIPTokenizer, "tokenizer")
-        self.text_encoder = read(CLIPTextModel, "text_encoder").to(device).requires_grad_(False)
-        self.vae = read(AutoencoderKL, "vae").to(device).requires_grad_(False)
-        self.scheduler = read(DDPMScheduler, "scheduler")
-        self.unet = read(UNet2DConditionModel, "unet").to(device)
+        pipe = load_pipeline(name, torch.float32)
+        self.device, self.bf16, self.tokenizer = device, bf16, pipe.tokenizer
+        self.text_encoder = pipe.text_encoder.to(device).requires_grad_(False)
+        self.vae = pipe.vae.to(device).requires_grad_(False)
+        self.unet = pipe.unet.to(device)
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._base = {part: {key: value.cpu().clone() for key, value in part.state_dict().items()}
                       for part in (self.unet, self.text_encoder)}
@@ -250,12 +301,9 @@ class Models:
         embeds = {} if training else self._embeds
         for prompt in dict.fromkeys(prompts):
             if prompt not in embeds:
-                tokens = self.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
-                if tokens.shape[1] > self.tokenizer.model_max_length:
-                    raise folder.InputError("prompt", f"{prompt!r} has {tokens.shape[1]} tokens, the model takes "
-                                            f"{self.tokenizer.model_max_length}", "shorten it")
+                tokens = tokens_of(self.tokenizer, [prompt]).to(self.device)
                 with torch.set_grad_enabled(training):
-                    embeds[prompt] = self.text_encoder(tokens.to(self.device)).last_hidden_state[0]
+                    embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
         return torch.stack([embeds[prompt] for prompt in prompts])
 
 
@@ -265,11 +313,11 @@ class Models:
 def main():
     args = parse()
     rows = folder.read_metadata(args.data, "train")
-    folder.group_prompts(rows)
+    parts = folder.prompt_parts(folder.group_prompts(folder.read_metadata(args.data)))
     if args.per == "cluster" and "cluster" not in rows[0]:
         raise folder.InputError(args.data / "metadata.csv", "has no column cluster", "point --data to cluster.py's OUT")
     prior_rows = folder.read_metadata(args.prior, "train") if args.prior else []
-    units = units_of(rows, prior_rows, args)
+    units = units_of(rows, parts, prior_rows, args)
     for unit in units:
         if args.prior and not unit.prior_rows:
             raise folder.InputError(args.prior, f"has no class images for {unit.name}", "generate them for this --data")
@@ -282,7 +330,7 @@ def main():
                                  folder.folder_digest(args.prior, unit.prior_rows))
     (args.out / "config.json").unlink(missing_ok=True)
     shard, shards = args.shard
-    todo = [unit for unit in units[shard::shards] if not folder.published(args.out / unit.name, unit.key)]
+    todo = [unit for unit in units[shard::shards] if not is_trained(args.out / unit.name, unit.key)]
     failures = train_units(todo, args) if todo else []
     if failures:
         sys.exit("\n".join(failures))
@@ -307,6 +355,8 @@ def parse():
     how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
     how.add_argument("--balance", type=folder.number(float, 0, 1), default=0.0, help="--per dataset: groups are drawn "
                      "as they come (0) to equally often (1)")
+    how.add_argument("--part-dropout", type=folder.number(float, 0, 1), default=0.0, help="--per dataset: how often a "
+                     "prompt loses its class, and how often its attribute, for generate.py --attribute-guidance")
     how.add_argument("--steps", type=count, default=800, help="optimiser steps a unit (diffusers: 400 to 800)")
     how.add_argument("--batch", type=count, default=1, help="images a step; as many class images beside them")
     how.add_argument("--accumulation", type=count, default=1, help="batches a step")
@@ -327,17 +377,25 @@ def parse():
     how.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                      help="auto: bf16 on a GPU that has it, else fp32; trained weights are always fp32")
+    how.add_argument("--save-dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights on disk")
     how.add_argument("--shard", type=folder.shard_of, default="0/1", help="i/n: train every n-th unit, from the i-th")
     args = parser.parse_args()
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.method == "lora" else 5e-6
     if args.train_text_encoder and args.method == "lora":
         raise folder.InputError("--train-text-encoder", "LoRA trains the UNet alone", "use --method dreambooth")
-    if args.balance and args.per != "dataset":
-        raise folder.InputError("--balance", f"a {args.per} holds one group", "use --per dataset")
+    for flag in ("balance", "part_dropout"):
+        if getattr(args, flag) and args.per != "dataset":
+            raise folder.InputError(f"--{flag.replace('_', '-')}", f"a {args.per} holds one group", "use --per dataset")
     if "{text}" not in args.prompt:
         raise folder.InputError("--prompt", "does not hold {text}", 'for example "{text} {identifier}"')
     return args
+
+
+def is_trained(path, key):
+    """Whether the unit is published for this key, with its weights: generate.py --drop-weights removes them."""
+    return folder.published(path, key) and ((path / "unet").is_dir()
+                                            or (path / "pytorch_lora_weights.safetensors").is_file())
 
 
 def train_units(units, args):
@@ -351,8 +409,10 @@ def train_units(units, args):
     if args.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()
+    print_memory(models, trainable_weights(models, args), args)
     failures = []
     for unit in units:
+        start = time.monotonic()
         models.reset()
         unit.load(models, args)
         try:
@@ -364,28 +424,44 @@ def train_units(units, args):
         with folder.replacing(args.out / unit.name) as out:
             save_weights(out, models, args)
             folder.write_csv(out / "loss.csv", curve)
-            folder.write_config(out, args, unit.key, unit=unit.name, images=len(unit.rows))
+            folder.write_config(out, args, unit.key, unit=unit.name, images=len(unit.rows),
+                                seconds=round(time.monotonic() - start, 1))
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.name}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
     return failures
 
 
+def print_memory(models, weights, args):
+    """What training takes at least: the models, and of each trained weight its gradient and AdamW's two moments."""
+    parts = (models.unet, models.text_encoder, models.vae)
+    held = sum(weight.numel() for part in parts for weight in part.parameters())
+    trained = sum(weight.numel() for weight in weights)
+    total = 4 * held + (16 if args.ema_decay else 12) * trained
+    print(f"memory: {total / 1e9:.2f} GB for {held / 1e6:.1f} M weights of which {trained / 1e6:.2f} M learn, and "
+          "activations on top (less with --method lora, a smaller --batch, --gradient-checkpointing)", flush=True)
+
+
 def save_weights(out, models, args):
+    import torch
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.save_dtype]
     if args.method == "lora":  # the metadata hold alpha: without it a plain load scales the update by 1
         config = {f"unet.{name}": sorted(value) if isinstance(value, set) else value
                   for name, value in models.unet.peft_config["default"].to_dict().items()}
         metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}  # one key: of several the order varies
         StableDiffusionPipeline.save_lora_weights(
-            out, get_peft_model_state_dict(models.unet), weight_name="pytorch_lora_weights.safetensors",
+            out, {key: value.to(dtype) for key, value in get_peft_model_state_dict(models.unet).items()},
+            weight_name="pytorch_lora_weights.safetensors",
             save_function=lambda weights, path: save_file(weights, path, metadata=metadata))
         return
-    models.unet.save_pretrained(out / "unet")
+    models.unet.to(dtype).save_pretrained(out / "unet")
+    models.unet.float()
     if args.train_text_encoder:
-        models.text_encoder.save_pretrained(out / "text_encoder")
+        models.text_encoder.to(dtype).save_pretrained(out / "text_encoder")
+        models.text_encoder.float()
 
 
 def publish_method(units, args):

@@ -17,10 +17,13 @@ OUT/config.json.
 
 import inspect
 import json
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import Clip, load_model, pick_device
+from cluster import Clip, pick_device
 from data import imagefolder as folder
+from finetune import load_pipeline, tokens_of
 
 # ---------------------------------------------------------------------------------------------- the method
 
@@ -51,9 +54,39 @@ def draw_candidates(pipe, draw, indices, args):
     import torch
 
     seeds = [folder.seed_of(args.seed, draw["name"], index) for index in indices]
-    return pipe([draw["prompt"]] * len(seeds), negative_prompt=[""] * len(seeds), num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale, generator=[torch.Generator().manual_seed(s) for s in seeds],
-                output_type="np").images
+    options = {"num_inference_steps": args.steps, "output_type": "np",
+               "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    if args.attribute_guidance is None:
+        return pipe([draw["prompt"]] * len(seeds), negative_prompt=[""] * len(seeds),
+                    guidance_scale=args.guidance_scale, **options).images
+    with composed_guidance(pipe, draw["parts"], (args.guidance_scale, args.attribute_guidance)):
+        return pipe([draw["prompt"]] * len(seeds), guidance_scale=1.0, **options).images
+
+
+@contextmanager
+def composed_guidance(pipe, parts, scales):
+    """Within it, the UNet answers with e + sum of scale * (e_part - e), e being what it says of the empty prompt.
+
+    This is the conjunction of Liu et al. 2022 (section 3.2): each part of the prompt, class and attribute, is stressed
+    by its own scale. As the weights sum to 1 it holds for velocity as for noise. Ask the pipeline for guidance 1.
+    """
+    import torch
+
+    embeds = pipe.text_encoder(tokens_of(pipe.tokenizer, ["", *parts]).to(pipe.device)).last_hidden_state
+    plain = pipe.unet.forward
+
+    def forward(sample, timestep, encoder_hidden_states, return_dict=False, **_):
+        states = embeds.repeat_interleave(len(sample), 0)
+        empty, *predicted = plain(sample.repeat(len(embeds), 1, 1, 1), timestep, states, return_dict=False)[0].chunk(
+            len(embeds))
+        return (empty + sum(scale * (part - empty) for scale, part in zip(scales, predicted)),)
+
+    pipe.unet.forward = forward
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        del pipe.unet.forward
 
 
 def fill(pipe, clip, draw, prompts, out, args):
@@ -112,15 +145,17 @@ def draws_of(prompts, models, args):
             trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
         except (ValueError, KeyError, TypeError):
             raise folder.InputError(config, "is not of finetune.py", "fine-tune again") from None
-    draws = []
+    draws, parts = [], folder.prompt_parts(prompts)
     for group, text in prompts.items():
         y, a = labels_of(group)
+        of_class, of_attribute = parts[group]
         mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         if models and not mine:
             print(f"{group}: no training images, drawn by the base model")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
         draws += [{"name": group + draw["suffix"], "group": group, "prompt": draw["prompt"].replace("{text}", text),
+                   "parts": (draw["prompt"].replace("{text}", of_class), of_attribute),
                    "folder": draw["unit"] and Path(models) / draw["unit"], "key": draw["key"], "share": share}
                   for draw, share in zip(mine, shares)]
     return draws
@@ -136,18 +171,16 @@ def dataset_prompts(data):
     return folder.group_prompts(folder.read_metadata(data))
 
 
-def load_pipeline(name, device, precision):
+def sampler(name, device, precision):
     """The base pipeline with DPM-Solver++ (Lu et al. 2022) in place of its own sampler."""
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DPMSolverMultistepScheduler
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a LoRA of the UNet alone is no reason to warn of the text encoder
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    pipe = load_model(lambda base: StableDiffusionPipeline.from_pretrained(
-        base, safety_checker=None, requires_safety_checker=False, dtype=torch.bfloat16 if bf16 else torch.float32),
-        name, "--base").to(device)
+    pipe = load_pipeline(name, torch.bfloat16 if bf16 else torch.float32).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
     pipe.set_progress_bar_config(disable=True)
     pipe.base_weights = {part: {key: value.clone() for key, value in getattr(pipe, part).state_dict().items()}
@@ -194,19 +227,20 @@ def main():
     args = parse()
     prompts = dataset_prompts(args.data)
     draws = draws_of(prompts, args.models, args)
-    settings = {name: getattr(args, name) for name in ("steps", "guidance_scale", "clip_threshold", "seed", "batch",
-                                                       "precision")}
+    settings = {name: getattr(args, name) for name in ("steps", "guidance_scale", "attribute_guidance",
+                                                       "clip_threshold", "seed", "batch", "precision")}
     made_by = folder.digest(settings, prompts, folder.model_digest(args.base), folder.model_digest(args.clip),
                             inspect.getsource(Clip), folder.code_digest(__file__))
     for draw in draws:
-        draw["key"] = folder.digest(made_by, draw["name"], draw["prompt"], draw["key"])
+        draw["key"] = folder.digest(made_by, draw["name"], draw["prompt"], draw["parts"], draw["key"])
     shard, shards = args.shard
     (args.out / "metadata.csv").unlink(missing_ok=True)
     (args.out / "config.json").unlink(missing_ok=True)
     todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw)]
     if todo:
         device = pick_device(args.device)
-        pipe, clip = load_pipeline(args.base, device, args.precision), Clip(args.clip, device)
+        pipe, clip = sampler(args.base, device, args.precision), Clip(args.clip, device)
+        tokens_of(pipe.tokenizer, [draw["prompt"] for draw in todo])
     for draw in todo:
         work = args.out / f".{draw['name']}.partial"
         if not folder.published(work, draw["key"]):
@@ -216,12 +250,18 @@ def main():
             else:
                 work.mkdir(parents=True)
                 folder.write_config(work, args, draw["key"])
+        start = time.monotonic()
         load_unit(pipe, draw["folder"])
         fill(pipe, clip, draw, prompts, work, args)
+        folder.write_config(work, args, draw["key"], seconds=round(time.monotonic() - start, 1))
         folder.remove(args.out / draw["name"])
         work.rename(args.out / draw["name"])
     if shards == 1:
         publish(draws, prompts, made_by, args)
+        if args.drop_weights:
+            for weights in {draw["folder"] for draw in draws if draw["folder"]}:
+                for name in ("unet", "text_encoder", "pytorch_lora_weights.safetensors"):
+                    folder.remove(weights / name)
 
 
 def parse():
@@ -237,11 +277,15 @@ def parse():
     parser.add_argument("--steps", type=count, default=20, help="of DPM-Solver++")
     parser.add_argument("--guidance-scale", type=folder.number(float, 1), default=2.0,
                         help="of the prompt against the empty one; 1: none (half the cost)")
+    parser.add_argument("--attribute-guidance", type=folder.number(float, 0), help="scale of the attribute's words "
+                        "alone, --guidance-scale then being that of the class's (costs half more); default: one scale")
     parser.add_argument("--clip-threshold", type=folder.number(float, 0, 1), default=0.1,
                         help="least probability of an image's own group among all groups' prompts; 0: no filter")
     parser.add_argument("--max-tries", type=count, default=20, help="candidates a wanted image before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="of all images")
+    parser.add_argument("--drop-weights", action=folder.Flag, default=False,
+                        help="remove the weights in MODELS once all images are made (a UNet of SD 1.5 is 3.4 GB)")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="auto: bf16 on a GPU that has it, else fp32")

@@ -13,12 +13,14 @@ Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with mo
 """
 
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from cluster import pick_device
 from data import imagefolder as folder
@@ -109,15 +111,16 @@ def resnet(arch, weights):
     import torchvision
     from safetensors.torch import load_file
 
-    network = getattr(torchvision.models, arch)(weights="DEFAULT" if weights == "imagenet" else None)
-    if weights.endswith(".safetensors"):
-        try:
+    try:
+        network = getattr(torchvision.models, arch)(weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        if weights.endswith(".safetensors"):
             network.load_state_dict(load_file(weights))
-        except Exception as error:  # OSError, SafetensorError, RuntimeError of wrong shapes
-            raise folder.InputError(f"--weights {weights}", f"can't be loaded: {str(error).splitlines()[0]}",
-                                    f"give a state dict of torchvision's {arch}") from None
+    except Exception as error:  # URLError, OSError, SafetensorError, RuntimeError of wrong shapes
+        raise folder.InputError(f"--weights {weights}", f"can't be loaded: {str(error).splitlines()[0]}",
+                                f"give a .safetensors file with a state dict of torchvision's {arch}") from None
     width, network.fc = network.fc.in_features, nn.Identity()
-    return network, width
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, in [0, 1]
+    return nn.Sequential(v2.Normalize((2 * mean - 1).tolist(), (2 * deviation).tolist()), network), width
 
 
 # ---------------------------------------------------------------------------------------------- the training
@@ -153,8 +156,16 @@ class Images:
         return batches
 
 
-def to_input(pixels, device):
-    """uint8 -> float in [-1, 1]."""
+def random_crops(pixels, size):
+    """Another crop and perhaps a flip of each image, as the peers train (Group-DRO's and DFR's code)."""
+    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1), ratio=(3 / 4, 4 / 3), antialias=True),
+                       v2.RandomHorizontalFlip()])
+    return torch.stack([crop(image) for image in pixels])
+
+
+def to_input(pixels, device, size=None):
+    """uint8 -> float in [-1, 1], the middle of each image, `size` pixels a side."""
+    pixels = pixels if size in (None, pixels.shape[-1]) else v2.functional.center_crop(pixels, size)
     return pixels.to(device, torch.float, memory_format=torch.channels_last) / 127.5 - 1
 
 
@@ -170,18 +181,22 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
     optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     if last_layer:  # the rest stands still, batch statistics included: its features are computed once
-        features = torch.cat([model.backbone(to_input(part, device)) for part in frozen(model, images.pixels)])
+        features = torch.cat([model.backbone(to_input(part, device, args.resolution))
+                              for part in frozen(model, images.pixels)])
     loss_of, best, kept = getattr(losses, phase.loss), -1.0, None
     for epoch in range(epochs):
         model.train(not last_layer)
         total = 0.0
         rng = torch.Generator().manual_seed(folder.seed_of(seed, phase, epoch))
+        torch.manual_seed(folder.seed_of(seed, phase, epoch, "crops"))
         batches = images.batches(phase.drawn, args.batch, rng)
         for batch in batches:
             if last_layer:
                 logits, embedded = model.last_layer(features[batch]), None
             else:
-                logits, embedded = model(to_input(images.pixels[batch], device))
+                pixels = images.pixels[batch]
+                pixels = random_crops(pixels, args.resolution) if args.augment == "crop-flip" else pixels
+                logits, embedded = model(to_input(pixels, device, args.resolution))
             loss = loss_of(logits, embedded, images.y[batch].to(device), images.group[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -191,7 +206,7 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             sys.exit(f"train_classifier.py: error: seed {seed}: loss is {total} in epoch {epoch} on {phase.images} "
                      f"images (learning rate {rate:g}, batch {args.batch})")
         schedule.step()
-        accuracies = group_accuracies(predict(model, val).argmax(1), val)
+        accuracies = group_accuracies(predict(model, val, args.resolution).argmax(1), val)
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(min(accuracies.values()), 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
@@ -208,10 +223,10 @@ def frozen(model, pixels):
         yield from pixels.split(256)
 
 
-def predict(model, images):
-    """Class probabilities (N, C) on the CPU."""
+def predict(model, images, size):
+    """Class probabilities (N, C) on the CPU; size: pixels a side that the model sees."""
     device = next(model.parameters()).device
-    return torch.cat([model(to_input(part, device))[0].softmax(1).cpu() for part in frozen(model, images.pixels)])
+    return torch.cat([model(to_input(part, device, size))[0].softmax(1).cpu() for part in frozen(model, images.pixels)])
 
 
 def group_accuracies(predictions, images):
@@ -246,16 +261,17 @@ def main():
     todo = [seed for seed in args.seeds[shard::shards] if not folder.published(args.out / f"seed{seed}", key)]
     if todo:
         device = pick_device(args.device)
-        images = {"real": Images(args.data, rows["train"], args.resolution, groups)}
+        images = {"real": Images(args.data, rows["train"], args.load_size, groups)}
         if synthetic:
-            images["synthetic"] = Images(args.synthetic, synthetic, args.resolution, groups)
-        val, test = (Images(args.data, rows[split], args.resolution, groups) for split in ("val", "test"))
+            images["synthetic"] = Images(args.synthetic, synthetic, args.load_size, groups)
+        val, test = (Images(args.data, rows[split], args.load_size, groups) for split in ("val", "test"))
     for seed in todo:
         torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
+        start = time.monotonic()
         model, log = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last), []
         for phase in phases:
             best = train_phase(model, phase, images[phase.images], val, Losses(len(groups), args), args, seed, log)
-        publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed)
+        publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, time.monotonic() - start)
         print(f"{args.out.name} seed {seed}: worst-group accuracy on val {best:.3f}", flush=True)
     if shards == 1:
         for path in args.out.glob("seed*"):
@@ -274,7 +290,11 @@ def parse():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one classifier each")
     parser.add_argument("--arch", choices=("cnn", "resnet18", "resnet50"), default="cnn", help="cnn: for 32 pixels")
     parser.add_argument("--weights", default="none", help="of a resnet: imagenet, none, or a .safetensors file")
-    parser.add_argument("--resolution", type=count, default=32, help="pixels a side")
+    parser.add_argument("--resolution", type=count, default=32, help="pixels a side that the classifier sees")
+    parser.add_argument("--load-size", type=count, help="pixels a side that images are resized to; the classifier sees "
+                        "their middle; default: the resolution")
+    parser.add_argument("--augment", choices=("none", "crop-flip"), default="none",
+                        help="crop-flip: random crops of 70 to 100 %% and flips while all weights learn")
     parser.add_argument("--epochs", type=count, default=30, help="of a phase in which all weights learn")
     parser.add_argument("--learning-rate", type=rate, default=0.02, help="of SGD with momentum 0.9, cosine to 0")
     parser.add_argument("--last-layer-epochs", type=count, default=30, help="of the phase on the last layer")
@@ -288,17 +308,20 @@ def parse():
     parser.add_argument("--shard", type=folder.shard_of, default="0/1",
                         help="i/n: train every n-th seed, from the i-th")
     args = parser.parse_args()
+    args.load_size = args.load_size or args.resolution
+    if args.load_size < args.resolution:
+        raise folder.InputError("--load-size", f"{args.load_size} is less than the resolution", "make it as large")
     if args.arch == "cnn" and args.weights != "none":
         raise folder.InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet18 or resnet50")
     return args
 
 
-def publish(path, model, splits, log, args, key, seed):
+def publish(path, model, splits, log, args, key, seed, seconds):
     from safetensors.torch import save_file
 
     rows = []
     for images in splits:
-        for row, probabilities in zip(images.rows, predict(model, images).tolist()):
+        for row, probabilities in zip(images.rows, predict(model, images, args.resolution).tolist()):
             rows.append({name: row[name] for name in ("file_name", "split", "y", "a")}
                         | {"prediction": max(range(len(probabilities)), key=probabilities.__getitem__)}
                         | {f"p{y}": f"{value:.6f}" for y, value in enumerate(probabilities)})
@@ -308,7 +331,7 @@ def publish(path, model, splits, log, args, key, seed):
                   out / "model.safetensors")
         folder.write_csv(out / "predictions.csv", rows)
         folder.write_csv(out / "log.csv", log)
-        folder.write_config(out, args, key, seed=seed)
+        folder.write_config(out, args, key, seed=seed, seconds=round(seconds, 1))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CAPTIONS = (  # from the most to the least that a caption tells
     "a photo of a digit on a {colour} background",
 )
 SHARES = (0.35, 0.35, 0.1, 0.1, 0.1)  # of the captions that the UNet learns from
-TOKENS = 24  # a caption's greatest length in tokens, the first and the last included
+TOKENS = 48  # a caption's greatest length in tokens, the first and the last included
 
 
 # --------------------------------------------------------------------------------------- the printed digits

@@ -6,3 +6,5 @@ CLUSTER       ?= --min-size 20
 LORA          ?= --steps 250 --batch 16 --learning-rate 5e-4 --schedule cosine
 DREAMBOOTH    ?= --steps 250 --batch 16 --learning-rate 1e-3 --schedule cosine --prior-weight 0.3
 COMPOSITIONAL ?= --steps 800 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.5
+# tells the classes of synthetic digits: erm on the digits in random colours
+JUDGE         ?= runs/digits-0.5/classifiers/erm/seed0

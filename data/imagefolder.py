@@ -25,6 +25,7 @@ import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -187,6 +188,24 @@ def group_prompts(rows):
             raise InputError("metadata.csv", f"group {group_of(row)} has several texts, {row['text']!r} is one",
                              "one caption a group")
     return prompts
+
+
+def prompt_parts(prompts):
+    """{group: (prompt of its class alone, prompt of its attribute alone)} of {group: prompt}.
+
+    A class's prompt is the words that its groups' prompts share, whatever the attribute: of "a photo of an even digit
+    on a red background" and the same on green, "a photo of an even digit on a background". Likewise an attribute's.
+    """
+    def shared(part, index):
+        words = None
+        for group, prompt in prompts.items():
+            if group.split("-")[index] == part:
+                words = prompt.split() if words is None else [
+                    word for block in SequenceMatcher(None, words, prompt.split(), False).get_matching_blocks()
+                    for word in words[block.a:block.a + block.size]]
+        return " ".join(words)
+
+    return {group: tuple(shared(part, index) for index, part in enumerate(group.split("-"))) for group in prompts}
 
 
 def load_image(path, size):

@@ -54,6 +54,17 @@ def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_a_gr
     assert files_of(tmp_path / "c") == first
 
 
+def test_dinov2_clusters_in_the_place_of_clip(base, dataset, tmp_path):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path / "dino")
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--encoder", tmp_path / "dino", "--k", 2,
+        "--min-size", 4, "--out", tmp_path / "c")
+    assert {row["cluster"] for row in folder.read_metadata(tmp_path / "c")} == {"0", "1"}
+
+
 def test_a_clip_that_is_none_is_one_line(dataset, tmp_path):
     run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="can't be loaded")
     assert not (tmp_path / "c").exists()

@@ -1,12 +1,14 @@
 """evaluate.py: the metrics by hand, the files they end in."""
 
 import csv
+import shutil
 
+import numpy as np
 import pytest
 from conftest import run
 
 from data import imagefolder as folder
-from evaluate import group_accuracies, metrics
+from evaluate import bootstrap_worst_group, difference, group_accuracies, intervals, metrics
 
 
 def answers(path, wrong):
@@ -24,7 +26,25 @@ def test_the_metrics_agree_with_a_hand_worked_example(tmp_path):
     accuracies = group_accuracies(answers(tmp_path, {(0, 1): 1, (1, 0): 3}))
     assert accuracies == {"y0-a0": 1, "y0-a1": 0.75, "y1-a0": 0.25, "y1-a1": 1}
     weighted = metrics(accuracies, {"y0-a0": 90, "y0-a1": 4, "y1-a0": 6})
-    assert weighted == {"worst_group": 0.25, "mean_group": 0.75, "train_weighted": pytest.approx(0.945)}
+    assert weighted == {"worst_group": 0.25, "mean_group": 0.75, "train_weighted": pytest.approx(0.945), "gap": 0.75}
+
+
+def test_the_interval_of_a_worst_group_is_that_of_its_images_drawn_anew():
+    """One group of 100 with 70 right, one seed: its share is binomial(100, 0.7) / 100."""
+    right = np.array([[True] * 70 + [False] * 30 + [True] * 50])
+    draws = bootstrap_worst_group(right, [np.arange(100), np.arange(100, 150)], 20000, np.random.default_rng(0))
+    assert abs(draws.mean() - 0.7) < 0.002 and abs(draws.std() - np.sqrt(0.7 * 0.3 / 100)) < 0.001
+    two = bootstrap_worst_group(np.vstack([right, ~right]), [np.arange(150)], 20000, np.random.default_rng(0))
+    assert {round(value, 1) for value in np.quantile(two, (0.05, 0.95))} == {0.2, 0.8}  # seeds are drawn as well
+
+
+def test_a_difference_is_called_one_only_when_its_interval_leaves_zero(tmp_path):
+    def answer(name, wrong):
+        return {"0": answers(tmp_path / name, {group: wrong for group in ((0, 0), (0, 1), (1, 0), (1, 1))})}
+
+    found = intervals({"erm": answer("erm", 1), "same": answer("same", 1), "worse": answer("worse", 4)})
+    assert found["same"]["vs erm"] == (0, 0, 0) and "**" not in difference(found["same"]["vs erm"])
+    assert found["worse"]["vs erm"][0] == -0.75 and difference(found["worse"]["vs erm"]).startswith("**-0.750")
 
 
 def test_the_table_is_sorted_and_holds_mean_and_deviation_over_seeds(dataset, tmp_path):
@@ -33,10 +53,11 @@ def test_the_table_is_sorted_and_holds_mean_and_deviation_over_seeds(dataset, tm
     text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "bad", tmp_path / "good",
                "--out", tmp_path / "results")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert lines[2].startswith("| good | 0.875 ± 0.177 |") and lines[3].startswith("| bad | 0.250 ± 0.354 |")
+    assert lines[2].startswith("| good | 0.875 ± 0.177 | [") and lines[3].startswith("| bad | 0.250 ± 0.354 | [")
     with open(tmp_path / "results" / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["recipe", "seed", "group", "metric", "value"] and len(rows) == 4 * 7
+    assert list(rows[0]) == ["recipe", "seed", "group", "metric", "value"] and len(rows) == 4 * (4 + 2 * 4)
+    assert {"recipe": "bad", "seed": "0", "group": "y1-a0", "metric": "images", "value": "4"} in rows
     assert {"recipe": "bad", "seed": "1", "group": "y1-a0", "metric": "accuracy", "value": "0.500000"} in rows
     assert all((tmp_path / "results" / name).is_file() for name in ("worst_group.png", "images.png", "results.md"))
 
@@ -57,3 +78,30 @@ def test_missing_and_broken_predictions_are_one_line(dataset, tmp_path):
     (tmp_path / "a" / "seed0" / "predictions.csv").write_text("split,y\ntest,x\n")
     run(*args, fails="predictions.csv: can't be read")
     assert not (tmp_path / "r").exists()
+
+
+def test_biases_are_put_side_by_side(dataset, tmp_path):
+    for bias, wrong in (("0.9", 1), ("0.99", 2)):
+        answers(tmp_path / bias / "erm" / "seed0", {(1, 0): wrong})
+        run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / bias / "erm", "--out",
+            tmp_path / f"shapes-{bias}" / "results")
+    text = run("evaluate.py", "--sweep", *tmp_path.glob("shapes-*/results"), "--out", tmp_path / "sweep")
+    assert "| recipe | 0.9 | 0.99 |" in text and "| erm | 0.750 [0.250, 1.000] | 0.500 [" in text
+    assert (tmp_path / "sweep" / "sweep.png").is_file()
+    run("evaluate.py", "--sweep", tmp_path, "--out", tmp_path / "s", fails="intervals.csv: no such file")
+
+
+def test_a_synthetic_set_is_asked_whether_it_is_what_it_claims(base, dataset, vanilla, tmp_path):
+    """The judge of colour knows the grounds: real images in the place of synthetic ones are all right."""
+    answers(tmp_path / "erm" / "seed0", {})
+    run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--seeds", 0, "--epochs", 1, "--out",
+        tmp_path / "c")
+    shutil.copytree(dataset, tmp_path / "real")
+    folder.write_json(tmp_path / "real" / "config.json", {"arguments": {"models": None}})
+    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "erm", "--synthetic", vanilla,
+               tmp_path / "real", "--clip", base / "clip", "--judge", tmp_path / "c" / "seed0", "--out", tmp_path / "r")
+    assert "| method | images | clip_class | clip_attribute | judge_class | judge_colour |" in text
+    with open(tmp_path / "r" / "synthetic.csv") as file:
+        real = list(csv.DictReader(file))[1]
+    assert real["method"] == "real" and real["images"] == "54" and real["judge_colour"] == "1.000"
+    assert "| vanilla | 0 |" in (tmp_path / "r" / "cost.md").read_text()

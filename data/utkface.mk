@@ -1,0 +1,20 @@
+# UTKFace (Zhang et al. 2017): y = gender, a = young or old, as From Fake to Real (FFR) bins it; PREPARE may ask for
+# --attribute race or other --bins. ROOT holds the aligned and cropped faces. Not run by us on the real images.
+ROOT       ?= downloads/UTKFace
+BIAS       ?= natural
+PREPARE    ?= --root "$(ROOT)"
+# ours: the paper says Stable Diffusion; CLIP is the one that Stable Diffusion 1.5 reads with
+BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
+CLIP       ?= openai/clip-vit-large-patch14
+# ours
+CLUSTER    ?= --min-size 50 --k-max 10
+IMAGES     ?= 1000
+GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
+# diffusers: learning rates, rank, prior weight; ours: steps and batch
+LORA       ?= --steps 1500 --batch 4 --learning-rate 1e-4 --rank 16
+DREAMBOOTH ?= --steps 1500 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
+COMPOSITIONAL ?= --steps 6000 --batch 4 --learning-rate 1e-5 --balance 0.5 --gradient-checkpointing
+# FFR: ResNet-50, 50 epochs, batch 128; ours: the rate, and crops and flips at 224 pixels
+EPOCHS     ?= 50
+CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 128 \
+  --learning-rate 1e-4 --weight-decay 1e-4

@@ -1,0 +1,279 @@
+"""The real benchmarks: small files of exactly the formats that one downloads, through all five stages."""
+
+import csv
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, run
+from PIL import Image, ImageDraw
+
+from data import imagefolder as folder
+
+GROUPS = {(0, 0): 24, (0, 1): 6, (1, 0): 6, (1, 1): 24}
+
+
+def picture(path, y, a, i, size=(40, 48)):
+    """A bar or a box on a ground of its attribute's colour; some as greyscale, as CMYK, or lying on their side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draws = random.Random(f"{y}{a}{i}")
+    image = Image.new("RGB", size, ((200, 50, 45), (50, 160, 65), (50, 80, 200), (205, 185, 45))[a % 4])
+    left, top = draws.randrange(4, 12), draws.randrange(4, 8)
+    ImageDraw.Draw(image).rectangle((left, top, left + 3 + 5 * y, top + 18), fill="white")
+    if i == 1:
+        image = image.convert("L")
+    if i == 2:
+        image = image.convert("CMYK")
+    exif = Image.Exif()
+    exif[0x0112] = 6 if i == 3 else 1
+    image.save(path, quality=90, **({"exif": exif} if path.suffix == ".jpg" else {}))
+
+
+def members(counts=GROUPS):
+    """(split, y, a, index) of every image of a download."""
+    for split in folder.SPLITS:
+        for (y, a), count in (counts if split == "train" else dict.fromkeys(counts, 4)).items():
+            for i in range(count):
+                yield split, y, a, i
+
+
+def waterbirds(root):
+    """waterbird_complete95_forest2water2, as its generate_waterbirds.py writes it."""
+    with open_text(root / "metadata.csv") as file:
+        table = csv.writer(file)
+        table.writerow(("img_id", "img_filename", "y", "split", "place", "place_filename"))
+        for number, (split, y, a, i) in enumerate(members(), 1):
+            species = ("001.Black_footed_Albatross", "004.Groove_billed_Ani")[1 - y]
+            name = f"{species}/{species[4:]}_{number:04}_{796000 + number}.jpg"
+            picture(root / name, y, a, i)
+            table.writerow((number, name, y, folder.SPLITS.index(split), a, f"/o/ocean/{number:08}.jpg"))
+    return root
+
+
+ATTRIBUTES = [f"Attribute_{i}" for i in range(40)]
+ATTRIBUTES[9], ATTRIBUTES[20], ATTRIBUTES[31] = "Blond_Hair", "Male", "Smiling"
+
+
+def celeba(root, kaggle=False, nested=True):
+    """The original txt files, with one blank before -1 and two before 1, or Kaggle's csv files."""
+    images = root / "img_align_celeba" / ("img_align_celeba" if nested else "")
+    rows, splits = [], []
+    for number, (split, y, a, i) in enumerate(members(), 1):
+        name = f"{number:06}.jpg"
+        picture(images / name, y, a, i, size=(178 // 4, 218 // 4))
+        values = [random.Random(number + 1000 * j).choice((-1, 1)) for j in range(40)]
+        values[9], values[20] = 2 * y - 1, 2 * a - 1
+        rows.append((name, *values))
+        splits.append((name, folder.SPLITS.index(split)))
+    if kaggle:
+        for path, head, lines in (("list_attr_celeba.csv", ("image_id", *ATTRIBUTES), rows),
+                                  ("list_eval_partition.csv", ("image_id", "partition"), splits)):
+            with open_text(root / path) as file:
+                csv.writer(file).writerows([head, *lines])
+    else:
+        (root / "list_attr_celeba.txt").write_text(f"{len(rows)}\n{' '.join(ATTRIBUTES)} \n" + "".join(
+            name + "".join(f" {value:2}" for value in values) + "\n" for name, *values in rows))
+        (root / "list_eval_partition.txt").write_text("".join(f"{name} {split}\n" for name, split in splits))
+    return root
+
+
+MALFORMED = ("61_3_20170109150557335.jpg.chip.jpg", "39_1_20170116174525125.jpg.chip.jpg",
+             "53__0_20170116184028385.jpg.chip.jpg", "landmarks.jpg")
+
+
+def utkface(root):
+    """age_gender_race_date.jpg.chip.jpg in nested folders, and the names that are known to be malformed."""
+    draws = random.Random(0)
+    for number in range(260):
+        old, gender = draws.random() < 0.6, draws.randrange(2)
+        age = draws.choice((20, 35, 50) if old else (0, 1, 5)) if number % 10 else draws.choice((6, 19, 51, 116))
+        name = f"{age}_{gender}_{draws.randrange(5)}_2017011{number:010}.jpg" + ".chip.jpg" * (number % 2)
+        picture(root / ("part1", "part2")[number % 2] / name, gender, int(old), number)
+    for name in MALFORMED:
+        picture(root / "part1" / name, 0, 0, 9)
+    return root
+
+
+def own_folder(root):
+    """SpuCo Animals' shape: 4 classes, 4 backgrounds; no splits, no captions."""
+    counts = {(y, a): 14 if y == a else 4 for y in range(4) for a in range(4)}
+    with open_text(root / "metadata.csv") as file:
+        table = csv.writer(file)
+        table.writerow(("file_name", "y", "a"))
+        for (y, a), count in counts.items():
+            for i in range(count):
+                name = f"animals, all of them/{y} {a}/ünïque {i}.png"
+                if i != 2:  # no CMYK in png
+                    picture(root / name, y, a, i)
+                    table.writerow((name, y, a))
+    return root
+
+
+def open_text(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "w", newline="", encoding="utf-8")
+
+
+def counts_of(out, split="train"):
+    return folder.group_counts(folder.read_metadata(out, split))
+
+
+# ------------------------------------------------------------------------------------------------- reading them
+
+
+def test_waterbirds_is_read_as_it_is_and_a_difference_from_the_published_counts_is_reported(tmp_path):
+    text = run("data/prepare.py", "waterbirds", "--root", waterbirds(tmp_path / "w"), "--out", tmp_path / "out")
+    assert "published are {'y0-a0': 3498, 'y0-a1': 184, 'y1-a0': 56, 'y1-a1': 1057}" in text
+    assert counts_of(tmp_path / "out") == {f"y{y}-a{a}": n for (y, a), n in GROUPS.items()}
+    assert set(counts_of(tmp_path / "out", "val").values()) == {4}
+    row = folder.read_metadata(tmp_path / "out")[0]
+    assert row["file_name"].startswith("images/004.Groove") and row["text"] == "a photo of a landbird on land"
+    assert (tmp_path / "out" / "images").is_symlink()
+
+
+@pytest.mark.parametrize("kaggle, nested", ((False, True), (False, False), (True, True)))
+def test_celeba_is_read_from_txt_and_csv_nested_or_not(tmp_path, kaggle, nested):
+    run("data/prepare.py", "celeba", "--root", celeba(tmp_path / "c", kaggle, nested), "--out", tmp_path / "out")
+    assert counts_of(tmp_path / "out") == {f"y{y}-a{a}": n for (y, a), n in GROUPS.items()}
+    texts = folder.group_prompts(folder.read_metadata(tmp_path / "out"))
+    assert texts["y1-a0"] == "a photo of a woman with blond hair"
+
+
+def test_celeba_takes_any_two_attributes_by_name(tmp_path):
+    root = celeba(tmp_path / "c")
+    run("data/prepare.py", "celeba", "--root", root, "--target", "Smiling", "--attribute", "Blond_Hair", "--out",
+        tmp_path / "out")
+    texts = folder.group_prompts(folder.read_metadata(tmp_path / "out"))
+    assert texts["y1-a0"] == "a photo of a face, smiling, not blond hair"
+    blond = sum(row["a"] for row in folder.read_metadata(tmp_path / "out", "train"))
+    assert blond == GROUPS[1, 0] + GROUPS[1, 1]
+    run("data/prepare.py", "celeba", "--root", root, "--target", "Smile", "--out", tmp_path / "o",
+        fails="--target Smile: is no column of")
+
+
+def test_utkface_skips_malformed_names_bins_ages_and_splits_by_file_name(tmp_path):
+    root = utkface(tmp_path / "u")
+    text = run("data/prepare.py", "utkface", "--root", root, "--out", tmp_path / "out")
+    assert "skipped 4 files" in text and all(name in text for name in MALFORMED)
+    for row in folder.read_metadata(tmp_path / "out"):
+        age, gender = map(int, row["file_name"].split("/")[-1].split("_")[:2])
+        assert row["y"] == gender and (row["a"] == 0 and age <= 5 or row["a"] == 1 and 20 <= age <= 50)
+    splits = {row["file_name"].split("/")[-1]: row["split"] for row in folder.read_metadata(tmp_path / "out")}
+    for path in sorted((root / "part1").iterdir())[::2]:  # other folders, another order: the same splits
+        path.rename(root / path.name)
+    run("data/prepare.py", "utkface", "--root", root, "--bins", "0-5", "6-19", "20-116", "--out", tmp_path / "o")
+    again = {row["file_name"].split("/")[-1]: row["split"] for row in folder.read_metadata(tmp_path / "o")}
+    assert all(again[name] == split for name, split in splits.items()) and len(again) > len(splits)
+    assert {row["a"] for row in folder.read_metadata(tmp_path / "o")} == {0, 1, 2}
+    run("data/prepare.py", "utkface", "--root", root, "--attribute", "race", "--out", tmp_path / "r")
+    assert {row["a"] for row in folder.read_metadata(tmp_path / "r")} == {0, 1, 2, 3, 4}
+
+
+def test_a_folder_of_ones_own_gets_stratified_splits_and_captions_of_the_names(tmp_path):
+    root, names = own_folder(tmp_path / "f"), ("cat", "dog", "bear", "bird")
+    args = ("data/prepare.py", "folder", "--root", root, "--out", tmp_path / "out")
+    run(*args, fails="are needed, as metadata.csv has no column text")
+    run(*args, "--classes", *names[:3], "--attributes", *names, fails="--classes: names 3, but y goes up to 3")
+    run(*args, "--classes", *names, "--attributes", "land", "sea", "sky", "snow", "--template", "a {y} in the {a}")
+    for split in folder.SPLITS:
+        assert len(counts_of(tmp_path / "out", split)) == 16 or split != "train"
+    assert folder.group_prompts(folder.read_metadata(tmp_path / "out"))["y1-a3"] == "a dog in the snow"
+    shutil.copy(tmp_path / "out" / "metadata.csv", tmp_path / "first.csv")
+    lines = (root / "metadata.csv").read_text().splitlines()
+    (root / "metadata.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    run(*args, "--classes", *names, "--attributes", "land", "sea", "sky", "snow", "--template", "a {y} in the {a}")
+    before, after = (sorted((tmp_path / name).read_text().splitlines()) for name in ("first.csv", "out/metadata.csv"))
+    assert before == after
+
+
+def test_a_number_subsamples_train_to_that_severity_by_removing_alone(tmp_path):
+    root = waterbirds(tmp_path / "w")
+    run("data/prepare.py", "waterbirds", "--root", root, "--out", tmp_path / "natural")
+    natural = {row["file_name"]: row for row in folder.read_metadata(tmp_path / "natural")}
+    rare = None
+    for bias, expected in ((0.5, (6, 6)), (0.9, (24, 3)), (0.96, (24, 1)), (1, (24, 0))):
+        out = tmp_path / f"w-{bias}"
+        text = run("data/prepare.py", "waterbirds", "--root", root, "--bias", bias, "--out", out)
+        assert "dropped" in text
+        rows = folder.read_metadata(out)
+        assert all(natural[row["file_name"]] == row for row in rows)
+        counts = counts_of(out)
+        assert [(counts[f"y{y}-a{y}"], counts.get(f"y{y}-a{1 - y}", 0)) for y in (0, 1)] == [expected] * 2
+        assert set(counts_of(out, "val").values()) == set(counts_of(out, "test").values()) == {4}
+        now = {row["file_name"] for row in rows if row["split"] == "train" and row["y"] != row["a"]}
+        assert rare is None or now <= rare
+        rare = now
+    run("data/prepare.py", "waterbirds", "--root", root, "--bias", 0.99, "--out", tmp_path / "o",
+        fails="class 0 has 24 training images with attribute 0 and 6 others (it can reach up to 0.9600, and 1)")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_missing_or_partial_download_is_one_line_that_says_what_and_where(tmp_path):
+    run("data/prepare.py", "waterbirds", "--out", tmp_path / "o", fails="nlp.stanford.edu")
+    (tmp_path / "empty").mkdir()
+    run("data/prepare.py", "waterbirds", "--root", tmp_path / "empty", "--out", tmp_path / "o",
+        fails="has not metadata.csv (https://nlp.stanford.edu")
+    run("data/prepare.py", "utkface", "--root", tmp_path / "empty", "--out", tmp_path / "o", fails="susanqq")
+    root = celeba(tmp_path / "c")
+    os.remove(root / "img_align_celeba" / "img_align_celeba" / "000007.jpg")
+    run("data/prepare.py", "celeba", "--root", root, "--out", tmp_path / "o",
+        fails="has not 1 of 92 images, 000007.jpg is the first, (https://mmlab")
+    lines = (root / "list_attr_celeba.txt").read_text().splitlines()
+    (root / "list_attr_celeba.txt").write_text("\n".join(lines[:-5]))
+    run("data/prepare.py", "celeba", "--root", root, "--out", tmp_path / "o",
+        fails="has 87 images, its first line says 92 (is the download whole?)")
+    (root / "list_attr_celeba.txt").write_text("<html>quota exceeded</html>")
+    run("data/prepare.py", "celeba", "--root", root, "--out", tmp_path / "o", fails="does not begin with a count")
+
+
+def test_a_download_that_was_moved_is_one_line(tmp_path):
+    run("data/prepare.py", "waterbirds", "--root", waterbirds(tmp_path / "w"), "--out", tmp_path / "out")
+    (tmp_path / "w").rename(tmp_path / "elsewhere")
+    run("train_classifier.py", "--recipe", "erm", "--data", tmp_path / "out", "--out", tmp_path / "c",
+        fails="was the download moved?")
+
+
+# ------------------------------------------------------------------------------------------- through all stages
+
+
+@pytest.fixture(scope="module")
+def house(base, tmp_path_factory):
+    house = tmp_path_factory.mktemp("benchmarks") / "house"
+    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
+    shutil.copytree(base, house / "base" / "miniature")
+    (house / ".venv").symlink_to(ROOT / ".venv")
+    return house
+
+
+NAMES = '--classes cat dog bear bird --attributes land sea sky snow'
+
+
+@pytest.mark.parametrize("dataset, download, method, more", (
+    ("waterbirds", waterbirds, "compositional", ["BIAS=0.9"]),
+    ("celeba", celeba, "clustered-lora", []),
+    ("utkface", utkface, "clustered-lora", ["KEEP_WEIGHTS=no"]),
+    ("folder", own_folder, "compositional", [f'PREPARE=--root "$(ROOT)" {NAMES}']),
+), ids=("waterbirds", "celeba", "utkface", "folder"))
+def test_make_runs_all_five_stages(house, tmp_path, dataset, download, method, more):
+    root = download(tmp_path / "a download")
+    args = ["make", f"DATASET={dataset}", f"ROOT={root}", f"RECIPES={method}", "BASE=base/miniature", "SEEDS=0",
+            "CLIP=base/miniature/clip", "IMAGES=3", "EPOCHS=1", "K=2", "MODES=2", "CLUSTER=--min-size 3",
+            "LORA=--steps 1", "COMPOSITIONAL=--steps 1 --batch 2", "CLASSIFIER=",
+            "GENERATE=--steps 2 --batch 4 --clip-threshold 0", *more]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(args, cwd=house, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    bias = "0.9" if "BIAS=0.9" in more else "natural"
+    synthetic = folder.read_metadata(house / "runs" / f"{dataset}-{bias}" / "synthetic" / method)
+    groups = folder.group_counts(folder.read_metadata(house / "data" / f"{dataset}-{bias}"))
+    assert folder.group_counts(synthetic) == dict.fromkeys(groups, 3)
+    assert f"| {method} |" in (house / "runs" / f"{dataset}-{bias}" / "results" / "results.md").read_text()
+    weights = list((house / "runs" / f"{dataset}-{bias}" / "models").rglob("*.safetensors"))
+    assert bool(weights) == ("KEEP_WEIGHTS=no" not in more)
+    if not weights:  # other images are wanted: the weights are trained again
+        done = subprocess.run([*args, "IMAGES=4"], cwd=house, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        more = folder.read_metadata(house / "runs" / f"{dataset}-{bias}" / "synthetic" / method)
+        assert all(row in more for row in synthetic) and len(more) == 16
