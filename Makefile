@@ -30,11 +30,13 @@ KEEP_WEIGHTS ?= yes
 # ("srun --gpus=1").
 
 # A generative method is what is trained, on which unit. To add one: a word here and a line of its flags.
-FINETUNED         = lora dreambooth clustered clustered-lora compositional
+FINETUNED         = lora dreambooth clustered clustered-lora one-model compositional
 lora.is           = --method lora       --per group   --data $(DATA) $(LORA)
 dreambooth.is     = --method dreambooth --per group   --data $(DATA) --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
-clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
+clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --prior $(RUN)/synthetic/vanilla \
+	$(DREAMBOOTH)
 clustered-lora.is = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
+one-model.is      = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
 compositional.is  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
 
 # ---- the commands ---------------------------------------------------------------------------------------------
@@ -68,8 +70,8 @@ help:
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
-	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER LORA \
-	  DREAMBOOTH COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
+	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
+	  LORA DREAMBOOTH COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)
@@ -134,19 +136,21 @@ $(foreach m,vanilla $(FINETUNED),$(eval $(call stage,generate-$(m),\
 	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(GENERATE) \
 	$(if $(filter-out vanilla,$(m)),--models $(RUN)/models/$(m)) $(if $(call dropped,$(m)),--drop-weights),\
 	$(RUN)/synthetic/$(m),\
-	cluster.py finetune.py $(DATA)/config.json $(BASE_FILES) \
+	cluster.py $(DATA)/config.json $(BASE_FILES) \
 	$(if $(filter-out vanilla,$(m)),$(RUN)/models/$(m)/config.json),\
 	$(if $(call dropped,$(m)),finetune.py --base $(BASE) $($(m).is) --out $(RUN)/models/$(m)))))
 
+# $(call drawn,RECIPE,PATTERN): the pattern with the synthetic set that the recipe learns from, if any; ffr: vanilla's.
+drawn = $(patsubst %,$(2),$(patsubst ffr,vanilla,$(filter ffr $(METHODS),$(1))))
 $(foreach r,$(RECIPES),$(eval $(call stage,classifier-$(r),\
 	train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
-	$(if $(filter $(r),$(METHODS)),--recipe two-stage --synthetic $(RUN)/synthetic/$(r),--recipe $(r)),\
-	$(RUN)/classifiers/$(r),$(DATA)/config.json $(if $(filter $(r),$(METHODS)),$(RUN)/synthetic/$(r)/config.json))))
+	--recipe $(if $(filter $(r),$(METHODS)),two-stage,$(r)) $(call drawn,$(r),--synthetic $(RUN)/synthetic/%),\
+	$(RUN)/classifiers/$(r),$(DATA)/config.json $(call drawn,$(r),$(RUN)/synthetic/%/config.json))))
 
 # A judge of synthetic images, where a dataset has one, is a classifier that the run without bias trained.
-ifneq ($(BIAS),0.5)
+ifneq ($(BIAS) $(filter erm,$(RECIPES)),0.5 erm)
 $(JUDGE:/seed0=/config.json):
-	+@$(MAKE) --no-print-directory BIAS=0.5 SEEDS=0 $@
+	+@$(MAKE) --no-print-directory BIAS=0.5 RECIPES=erm SEEDS=0 $@
 endif
 
 $(eval $(call stage,evaluate,evaluate.py --data $(DATA) --classifiers $(RECIPES:%=$(RUN)/classifiers/%) \

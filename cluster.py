@@ -114,6 +114,48 @@ def weights_of(model):
     return lambda name: model.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
 
 
+def load_pipeline(name, dtype):
+    """Stable Diffusion 1.x or 2.x with its safety checker off: a folder in diffusers layout, with fp16 variants or
+    without, a hub id, or a single .safetensors file (with a folder of the same name for its configs, where the hub
+    can't be reached). Epsilon or velocity is read from the scheduler's config. Pickles are never read."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a LoRA of the UNet alone is no reason to warn of the text encoder
+    off = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+
+    def read(name):
+        if name.endswith(".safetensors"):
+            config = Path(name).with_suffix("")
+            options = {"config": str(config)} if config.is_dir() else {}
+            return StableDiffusionPipeline.from_single_file(name, dtype=dtype, **off, **options)
+        try:
+            return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **off)
+        except OSError:
+            variants = Path(name).is_dir() and any(Path(name).rglob("*.fp16.safetensors"))
+            if not variants:
+                raise
+            return StableDiffusionPipeline.from_pretrained(name, variant="fp16", dtype=dtype, use_safetensors=True,
+                                                           **off)
+
+    pipe = load_model(read, str(name), "--base")
+    if pipe.unet.config.addition_embed_type:
+        raise folder.InputError(f"--base {name}", "is a Stable Diffusion XL", "give a Stable Diffusion 1.x or 2.x")
+    return pipe
+
+
+def tokens_of(tokenizer, prompts):
+    """Token ids of prompts, (len(prompts), tokens). A prompt that is too long is an InputError, no silent cut."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokenizer.model_max_length:
+            raise folder.InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes "
+                                    f"{tokenizer.model_max_length}", "shorten it")
+    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids
+
+
 class Clip:
     """CLIP's two towers, by folder or hub id: embeddings of unit length."""
 

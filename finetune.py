@@ -17,12 +17,13 @@ Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for plain 
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
 """
 
+import csv
 import json
 import sys
 import time
 from pathlib import Path
 
-from cluster import load_model, pick_device
+from cluster import load_pipeline, pick_device, tokens_of
 from data import imagefolder as folder
 
 # ---------------------------------------------------------------------------------------------- the method
@@ -103,8 +104,10 @@ def finetune(models, unit, args):
     schedule = get_scheduler(args.schedule, optimizer, num_warmup_steps=args.warmup,
                              num_training_steps=args.steps)
     ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
-    curve = []
-    for step in trange(args.steps, desc=unit.name, mininterval=1, disable=None):
+    checkpoint = Checkpoint(args.out / f".{unit.name}.partial", unit.key, weights, optimizer, schedule, ema)
+    curve = checkpoint.load()
+    for step in trange(len(curve), args.steps, initial=len(curve), total=args.steps, desc=unit.name, mininterval=1,
+                       disable=None):
         total = 0.0
         for part in range(args.accumulation):
             loss = training_step(models, unit, step * args.accumulation + part, args) / args.accumulation
@@ -120,9 +123,62 @@ def finetune(models, unit, args):
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.step(weights)
+        if args.checkpoint_every and len(curve) % args.checkpoint_every == 0 and len(curve) < args.steps:
+            checkpoint.save(curve)
     if ema:
         ema.copy_to(weights)
     return curve
+
+
+class Checkpoint:
+    """A hidden folder from which a killed unit goes on exactly.
+
+    As every draw hangs on the step, the weights, AdamW's moments and the loss curve are all there is to keep.
+    """
+
+    def __init__(self, path, key, weights, optimizer, schedule, ema):
+        self.path, self.key, self.weights, self.optimizer = path, key, weights, optimizer
+        self.schedule, self.ema = schedule, ema
+
+    def tensors(self):
+        """{name: tensor}, live: the weights, their moments, their running means."""
+        parts = {f"weight.{i}": weight.data for i, weight in enumerate(self.weights)}
+        for i, weight in enumerate(self.weights):
+            parts |= {f"{name}.{i}": value for name, value in self.optimizer.state[weight].items()}
+        return parts | {f"ema.{i}": value for i, value in enumerate(self.ema.shadow_params if self.ema else [])}
+
+    def save(self, curve):
+        from safetensors.torch import save_file
+
+        with folder.replacing(self.path) as out:
+            out.mkdir(parents=True)
+            save_file({name: value.contiguous().cpu() for name, value in self.tensors().items()},
+                      out / "state.safetensors")
+            folder.write_csv(out / "loss.csv", curve)
+            folder.write_json(out / "config.json", {"key": self.key})
+
+    def load(self):
+        """Puts everything back where it was; returns the loss curve so far, empty where there is no checkpoint."""
+        import torch
+        from safetensors.torch import load_file
+
+        if not folder.published(self.path, self.key):
+            folder.remove(self.path)
+            return []
+        saved = load_file(self.path / "state.safetensors")
+        for i, weight in enumerate(self.weights):
+            self.optimizer.state[weight] = {name: torch.zeros_like(saved[f"{name}.{i}"], device=weight.device)
+                                            for name in ("step", "exp_avg", "exp_avg_sq")}
+        for name, value in self.tensors().items():
+            value.copy_(saved[name])
+        with open(self.path / "loss.csv", encoding="utf-8", newline="") as file:
+            curve = [{name: float(value) for name, value in row.items()} | {"step": int(row["step"])}
+                     for row in csv.DictReader(file)]
+        for _ in curve:
+            self.schedule.step()
+        if self.ema:
+            self.ema.optimization_step = len(curve)
+        return curve
 
 
 # ------------------------------------------------------------------------------------- a unit and its images
@@ -216,45 +272,6 @@ def prompt_template(row, args):
     return args.prompt.replace("{identifier}", f"{args.identifier}{number}")
 
 
-def load_pipeline(name, dtype):
-    """Stable Diffusion 1.x or 2.x with its safety checker off: a folder in diffusers layout, with fp16 variants or
-    without, a hub id, or a single .safetensors file (with a folder of the same name for its configs, where the hub
-    can't be reached). Epsilon or velocity is read from the scheduler's config. Pickles are never read."""
-    from diffusers import StableDiffusionPipeline
-
-    off = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-
-    def read(name):
-        if name.endswith(".safetensors"):
-            config = Path(name).with_suffix("")
-            options = {"config": str(config)} if config.is_dir() else {}
-            return StableDiffusionPipeline.from_single_file(name, dtype=dtype, **off, **options)
-        try:
-            return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **off)
-        except OSError:
-            variants = Path(name).is_dir() and any(Path(name).rglob("*.fp16.safetensors"))
-            if not variants:
-                raise
-            return StableDiffusionPipeline.from_pretrained(name, variant="fp16", dtype=dtype, use_safetensors=True,
-                                                           **off)
-
-    pipe = load_model(read, str(name), "--base")
-    if pipe.unet.config.addition_embed_type:
-        raise folder.InputError(f"--base {name}", "is a Stable Diffusion XL", "give a Stable Diffusion 1.x or 2.x")
-    return pipe
-
-
-def tokens_of(tokenizer, prompts):
-    """Token ids of prompts, (len(prompts), tokens). A prompt that is too long is an InputError, no silent cut."""
-    for prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if length > tokenizer.model_max_length:
-            raise folder.InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes "
-                                    f"{tokenizer.model_max_length}", "shorten it")
-    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
-
-
 class Models:
     """The base: VAE, text encoder, UNet and noise schedule."""
 
@@ -323,7 +340,7 @@ def main():
             raise folder.InputError(args.prior, f"has no class images for {unit.name}", "generate them for this --data")
     base = folder.model_digest(args.base)
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("base", "data", "prior", "out", "shard", "device")}
+                if name not in ("base", "data", "prior", "out", "shard", "device", "checkpoint_every")}
     for unit in units:
         unit.key = folder.digest(settings, base, folder.code_digest(__file__), unit.prompts,
                                  folder.folder_digest(args.data, unit.rows),
@@ -373,6 +390,8 @@ def parse():
                      help="of dreambooth's weights; 0: none")
     how.add_argument("--train-text-encoder", action=folder.Flag, default=False, help="dreambooth only")
     how.add_argument("--gradient-checkpointing", action=folder.Flag, default=False, help="less memory, a third slower")
+    how.add_argument("--checkpoint-every", type=folder.number(int, 0), default=500,
+                     help="steps after which a killed unit can go on; 0: it begins anew")
     how.add_argument("--seed", type=int, default=0, help="of everything")
     how.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -426,6 +445,7 @@ def train_units(units, args):
             folder.write_csv(out / "loss.csv", curve)
             folder.write_config(out, args, unit.key, unit=unit.name, images=len(unit.rows),
                                 seconds=round(time.monotonic() - start, 1))
+        folder.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.name}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
     return failures

@@ -21,9 +21,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import Clip, pick_device
+from cluster import Clip, load_pipeline, pick_device, tokens_of
 from data import imagefolder as folder
-from finetune import load_pipeline, tokens_of
 
 # ---------------------------------------------------------------------------------------------- the method
 
@@ -175,10 +174,7 @@ def sampler(name, device, precision):
     """The base pipeline with DPM-Solver++ (Lu et al. 2022) in place of its own sampler."""
     import torch
     from diffusers import DPMSolverMultistepScheduler
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a LoRA of the UNet alone is no reason to warn of the text encoder
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     pipe = load_pipeline(name, torch.bfloat16 if bf16 else torch.float32).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")

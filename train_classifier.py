@@ -5,8 +5,9 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic images, then
-only the last layer on the real, biased ones. erm, resample and groupdro are its peers on real images alone.
-Every recipe keeps the epoch with the best worst-group accuracy on val; none sees test.
+only the last layer on the real, biased ones. ffr is the same with the whole network; erm, reweight, resample, subg and
+groupdro are peers on real images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr fits its
+last layer to val itself. None sees test.
 
 Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
 (file_name, split, y, a, prediction, a probability a class), log.csv and config.json; last OUT/config.json.
@@ -29,8 +30,13 @@ from data import imagefolder as folder
 Phase = namedtuple("Phase", "images drawn loss learns")
 RECIPES = {
     "erm": [Phase("real", "shuffled", "cross_entropy", "all")],
+    "reweight": [Phase("real", "shuffled", "group_weighted", "all")],
     "resample": [Phase("real", "group-balanced", "cross_entropy", "all")],
+    "subg": [Phase("real", "smallest group", "cross_entropy", "all")],  # Idrissi et al. 2022
     "groupdro": [Phase("real", "group-balanced", "group_dro", "all")],
+    "dfr": [Phase("real", "shuffled", "cross_entropy", "all"), Phase("val", None, "logistic_regression", "last layer")],
+    "ffr": [Phase("synthetic", "shuffled", "cross_entropy", "all"),  # From Fake to Real, arXiv 2308.04553
+            Phase("real", "shuffled", "cross_entropy", "all")],
     "two-stage": [Phase("synthetic", "shuffled", "contrastive", "all"),
                   Phase("real", "shuffled", "cross_entropy", "last layer")],
 }
@@ -41,9 +47,11 @@ RECIPES = {
 class Losses:
     """The losses side by side, each a function of a batch: logits (B, C), features (B, D), y (B,), group (B,)."""
 
-    def __init__(self, groups, args):
+    def __init__(self, images, groups, args):
         self.args = args
         self.group_weights = torch.full((groups,), 1 / groups)
+        sizes = images.group.bincount(minlength=groups)
+        self.rarity = len(images) / (sizes.clamp(min=1) * (sizes > 0).sum())  # mean 1 over the images
 
     def cross_entropy(self, logits, features, y, group):
         return F.cross_entropy(logits, y)
@@ -52,6 +60,10 @@ class Losses:
         """Cross-entropy + lambda x supervised contrastive loss (paper, classifier pretraining)."""
         return F.cross_entropy(logits, y) + self.args.contrastive * supervised_contrastive(
             features, y, self.args.temperature)
+
+    def group_weighted(self, logits, features, y, group):
+        """Cross-entropy, each image weighted by the inverse size of its group."""
+        return (F.cross_entropy(logits, y, reduction="none") * self.rarity.to(logits)[group]).mean()
 
     def group_dro(self, logits, features, y, group):
         """Group losses weighted by exponentiated gradient ascent (Sagawa et al. 2020, algorithm 1).
@@ -147,6 +159,11 @@ class Images:
         """Index tensors of one epoch, of `size` each; the last may be shorter, but never a single image."""
         if drawn == "shuffled":
             order = torch.randperm(len(self), generator=rng)
+        elif drawn == "smallest group":  # the same images in every epoch: as many of each group as the smallest has
+            sizes = self.group.bincount()
+            first = [(self.group == group).nonzero()[:, 0][:sizes[sizes > 0].min()] for group in self.group.unique()]
+            order = torch.cat(first)
+            order = order[torch.randperm(len(order), generator=rng)]
         else:  # every group as often as every other (resampling with replacement)
             weights = 1 / self.group.bincount().float()
             order = torch.multinomial(weights[self.group], len(self), replacement=True, generator=rng)
@@ -217,6 +234,53 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
     return best
 
 
+def fit_last_layer(model, val, args, seed):
+    """Deep feature reweighting (Kirichenko et al. 2023, section 5): the last layer anew, on balanced parts of val.
+
+    L1 logistic regression on standardised features; its strength is chosen on the other half of val, and the layer is
+    the mean of 20 fits, as in the authors' code. Returns the chosen strength's worst-group accuracy on that half.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    device = next(model.parameters()).device
+    features = torch.cat([model.backbone(to_input(part, device, args.resolution)).cpu()
+                          for part in frozen(model, val.pixels)]).numpy()
+    y, group = val.y.numpy(), val.group.numpy()
+    rng = np.random.default_rng(folder.seed_of(seed, "dfr"))
+
+    def balanced(indices):
+        parts = [rng.permutation(indices[group[indices] == g]) for g in np.unique(group[indices])]
+        return np.concatenate([part[:min(map(len, parts))] for part in parts])
+
+    def fit(indices, strength):
+        scaler = StandardScaler().fit(features[indices])
+        layers = OneVsRestClassifier(LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0))
+        layers.fit(scaler.transform(features[indices]), y[indices])
+        weight = np.concatenate([one.coef_ for one in layers.estimators_]) / scaler.scale_
+        bias = np.concatenate([one.intercept_ for one in layers.estimators_]) - weight @ scaler.mean_
+        if len(layers.classes_) == 2:  # one regression tells two classes
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return weight, bias
+
+    order = rng.permutation(len(y))
+    half, other = order[:len(order) // 2], order[len(order) // 2:]
+
+    def worst(layer):
+        right = (features[other] @ layer[0].T + layer[1]).argmax(1) == y[other]
+        return min(right[group[other] == g].mean() for g in np.unique(group[other]))
+
+    scores = {strength: worst(fit(balanced(half), strength)) for strength in (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)}
+    strength = max(scores, key=scores.get)
+    layers = [fit(balanced(np.arange(len(y))), strength) for _ in range(20)]
+    with torch.no_grad():
+        for parameter, values in zip((model.last_layer.weight, model.last_layer.bias), zip(*layers)):
+            parameter.copy_(torch.from_numpy(np.mean(values, axis=0)))
+    return scores[strength]
+
+
 def frozen(model, pixels):
     model.eval()
     with torch.no_grad():
@@ -270,7 +334,11 @@ def main():
         start = time.monotonic()
         model, log = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last), []
         for phase in phases:
-            best = train_phase(model, phase, images[phase.images], val, Losses(len(groups), args), args, seed, log)
+            if phase.loss == "logistic_regression":
+                best = fit_last_layer(model, val, args, seed)
+            else:
+                losses = Losses(images[phase.images], len(groups), args)
+                best = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
         publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, time.monotonic() - start)
         print(f"{args.out.name} seed {seed}: worst-group accuracy on val {best:.3f}", flush=True)
     if shards == 1:

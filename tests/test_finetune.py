@@ -3,10 +3,13 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import files_of, make_dataset, run
+from conftest import ROOT, files_of, make_dataset, run
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from data import imagefolder as folder
@@ -97,6 +100,22 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
     assert {row["unit"] for row in rows} == {f"y{y}-a{a}-c{c}" for y, c in modes for a in (0, 1)}
 
 
+def test_dropped_parts_of_the_prompt_leave_the_other_part_and_guidance_stresses_each(base, dataset, tmp_path):
+    prompts = folder.group_prompts(folder.read_metadata(dataset))
+    assert folder.prompt_parts(prompts)["y1-a0"] == ("a photo of an odd digit on a background",
+                                                     "a photo of an digit on a red background")
+    args = ("finetune.py", "--method", "dreambooth", "--per", "dataset", "--base", base, "--data", dataset, *QUICK)
+    run(*args, "--out", tmp_path / "whole")
+    run(*args, "--part-dropout", 0.5, "--out", tmp_path / "dropped")
+    assert files_of(tmp_path / "whole") != files_of(tmp_path / "dropped")
+    generate = ("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--models",
+                tmp_path / "dropped", "--images", 1, "--steps", 2, "--batch", 2, "--clip-threshold", 0)
+    run(*generate, "--guidance-scale", 1, "--out", tmp_path / "plain")
+    for scale in (0, 3):
+        run(*generate, "--guidance-scale", 1, "--attribute-guidance", scale, "--out", tmp_path / f"a{scale}")
+    assert len({(tmp_path / out / "y0-a0" / "00000.png").read_bytes() for out in ("plain", "a0", "a3")}) == 3
+
+
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
     args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
             "--out", tmp_path / "out")
@@ -104,6 +123,34 @@ def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["y0-a1", "y1-a1"]
     run(*args)
     assert files_of(tmp_path / "out") == files_of(lora)
+
+
+@pytest.mark.parametrize("more", (("--method", "lora"), ("--method", "dreambooth", "--ema-decay", 0.9)))
+def test_a_unit_killed_twice_goes_on_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 4})
+    args = ("finetune.py", *more, "--base", base, "--data", data, "--steps", 60, "--batch", 2, "--learning-rate", 1e-2,
+            "--schedule", "cosine")
+    run(*args, "--checkpoint-every", 0, "--out", tmp_path / "whole")
+    cut, reached = (*args, "--checkpoint-every", 2, "--out", tmp_path / "cut"), [0]
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, *map(str, (ROOT / cut[0], *cut[1:]))], stdout=-1, stderr=-1)
+        while (now := checkpointed(tmp_path / "cut" / ".y0-a0.partial" / "loss.csv")) <= reached[-1]:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        reached.append(now)
+    assert 0 < reached[1] < reached[2] < 60
+    run(*cut)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def checkpointed(path):
+    """Steps that a checkpoint holds, 0 where there is none at this moment."""
+    try:
+        return len(path.read_text().splitlines()) - 1
+    except FileNotFoundError:
+        return 0
 
 
 def test_wrong_input_is_one_line(base, dataset, tmp_path):
@@ -118,10 +165,6 @@ def test_wrong_input_is_one_line(base, dataset, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_unit_and_publishes_nothing(base, dataset, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
     done = subprocess.run([sys.executable, ROOT / "finetune.py", "--method", "dreambooth", "--base", base, "--data",
                            dataset, "--steps", "9", "--learning-rate", "1e30", "--out", tmp_path / "out"],
                           capture_output=True, text=True)
