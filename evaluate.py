@@ -175,7 +175,7 @@ def judged_attribute(rows, source, real, data):
     centres = {a: np.mean(colours, axis=0) for a, colours in seen.items()}
     right = [min(centres, key=lambda a: np.linalg.norm(centres[a] - colour(source / row["file_name"]))) == row["a"]
              for row in rows]
-    return mean(right)
+    return sum(right) / len(right)
 
 
 def cost(source):

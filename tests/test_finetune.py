@@ -1,5 +1,6 @@
 """finetune.py: weights of each unit."""
 
+import collections
 import csv
 import json
 import shutil
@@ -13,6 +14,7 @@ from conftest import ROOT, files_of, make_dataset, run
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from data import imagefolder as folder
+from finetune import Images
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
@@ -104,16 +106,23 @@ def test_dropped_parts_of_the_prompt_leave_the_other_part_and_guidance_stresses_
     prompts = folder.group_prompts(folder.read_metadata(dataset))
     assert folder.prompt_parts(prompts)["y1-a0"] == ("a photo of an odd digit on a background",
                                                      "a photo of an digit on a red background")
-    args = ("finetune.py", "--method", "dreambooth", "--per", "dataset", "--base", base, "--data", dataset, *QUICK)
-    run(*args, "--out", tmp_path / "whole")
-    run(*args, "--part-dropout", 0.5, "--out", tmp_path / "dropped")
-    assert files_of(tmp_path / "whole") != files_of(tmp_path / "dropped")
-    generate = ("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--models",
-                tmp_path / "dropped", "--images", 1, "--steps", 2, "--batch", 2, "--clip-threshold", 0)
-    run(*generate, "--guidance-scale", 1, "--out", tmp_path / "plain")
+    run("finetune.py", "--method", "dreambooth", "--per", "dataset", "--part-dropout", 0.5, "--base", base, "--data",
+        dataset, *QUICK, "--out", tmp_path / "models")
     for scale in (0, 3):
-        run(*generate, "--guidance-scale", 1, "--attribute-guidance", scale, "--out", tmp_path / f"a{scale}")
-    assert len({(tmp_path / out / "y0-a0" / "00000.png").read_bytes() for out in ("plain", "a0", "a3")}) == 3
+        run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--models", tmp_path / "models",
+            "--images", 1, "--steps", 2, "--batch", 2, "--clip-threshold", 0, "--guidance-scale", 1,
+            "--attribute-guidance", scale, "--out", tmp_path / f"a{scale}")
+    assert len({(tmp_path / out / "y0-a0" / "00000.png").read_bytes() for out in ("a0", "a3")}) == 2
+
+
+def test_a_prompt_loses_its_attribute_or_its_class_as_often_as_asked():
+    images = Images.__new__(Images)
+    images.prompts = [("whole", "class", "attribute")]
+    rng = torch.Generator().manual_seed(0)
+    seen = collections.Counter(images.prompt(0, rng, 0.2) for _ in range(2000))
+    for prompt, share in (("whole", 0.64), ("class", 0.16), ("attribute", 0.16), ("", 0.04)):
+        assert abs(seen[prompt] / 2000 - share) < 0.03
+    assert images.prompt(0, rng, 0) == "whole"
 
 
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
