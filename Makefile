@@ -13,7 +13,7 @@ ifneq ($(word 2,$(BIAS)),)
 SWEEP         := $(BIAS)
 override BIAS := $(firstword $(BIAS))
 endif
-RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
+RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered compositional
 SEEDS   ?= 0 1 2
 BASE    ?= base/miniature
 CLIP    ?= $(BASE)/clip
