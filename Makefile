@@ -60,8 +60,11 @@ sweep: each-bias
 each-bias:
 	$(foreach b,$(SWEEP),+@$(MAKE) --no-print-directory BIAS=$(b) runs/$(DATASET)-$(b)/results/config.json$(newline)	)
 
+# Most of a test is the start of a script, on one core: so two files at once, a thread each.
 test: .venv/installed
-	$(PY) -m pytest -q tests
+	+@$(MAKE) -k -j2 --no-print-directory --output-sync $(patsubst tests/%.py,%,$(wildcard tests/test_*.py))
+test_%:
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/$@.py
 
 help:
 	@echo "make           run $(RECIPES) on $(DATA)"

@@ -14,7 +14,7 @@ GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 2000 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 2000 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
-COMPOSITIONAL ?= --steps 8000 --batch 4 --learning-rate 1e-5 --balance 0.5 --gradient-checkpointing
+COMPOSITIONAL ?= --steps 8000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # peers (Group-DRO's code): ResNet-50 with ImageNet weights, batch 128, rate 1e-4, weight decay 1e-4, 50 epochs, random
 # crops and flips at 224 pixels. The contrastive weight is ours.
 EPOCHS     ?= 50

@@ -9,6 +9,6 @@ IMAGES     ?= 500
 GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 LORA       ?= --steps 800 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 800 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
-COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.5 --gradient-checkpointing
+COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 EPOCHS     ?= 50
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 64 --learning-rate 1e-3

@@ -13,7 +13,7 @@ GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 1500 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 1500 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
-COMPOSITIONAL ?= --steps 6000 --batch 4 --learning-rate 1e-5 --balance 0.5 --gradient-checkpointing
+COMPOSITIONAL ?= --steps 6000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # FFR: ResNet-50, 50 epochs, batch 128; ours: the rate, and crops and flips at 224 pixels
 EPOCHS     ?= 50
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 128 \

@@ -16,7 +16,7 @@ GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 LORA       ?= --steps 800 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 800 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
 # ours, in the spirit of the miniature's
-COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.5 --gradient-checkpointing
+COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # peers (Group-DRO's code): ResNet-50 with ImageNet weights, batch 128, rate 1e-3, weight decay 1e-4, 224 of 256 pixels,
 # random crops and flips; they train for 300 epochs, ours are 100. The contrastive weight is ours.
 EPOCHS     ?= 100

@@ -1,5 +1,8 @@
 """What the tests share: a tiny base model, a tiny dataset, and running a script as a user does."""
 
+import contextlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +60,16 @@ def files_of(path, but=("config.json",)):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A base model of two steps: its images are noise, its files are whole."""
-    out = tmp_path_factory.mktemp("base") / "tiny"
-    run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--out", out)
-    return out
+def base(tmp_path_factory, request):
+    """A base model of two steps: its images are noise, its files are whole. Made once for an edition of pretrain.py."""
+    made = Path(request.config.cache.mkdir("base")) / folder.code_digest(ROOT / "base" / "pretrain.py")
+    if not made.exists():
+        out = tmp_path_factory.mktemp("base") / "tiny"
+        run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--out", out)
+        shutil.copytree(out, made.with_name(f"{made.name}-{os.getpid()}"))
+        with contextlib.suppress(OSError):  # another process was faster
+            made.with_name(f"{made.name}-{os.getpid()}").rename(made)
+    return made
 
 
 @pytest.fixture(scope="session")
