@@ -26,15 +26,15 @@ SHARDS  ?= 1
 KEEP_WEIGHTS ?= yes
 
 # Empty unless set: more flags of a stage, whatever its --help tells (CLUSTER="--k-max 8"): PREPARE CLUSTER GENERATE
-# CLASSIFIER PRETRAIN, and of finetune.py LORA, DREAMBOOTH and COMPOSITIONAL; LAUNCH stands before each command
-# ("srun --gpus=1").
+# CLASSIFIER PRETRAIN, and of finetune.py LORA, DREAMBOOTH, CLUSTERED (after DREAMBOOTH's) and COMPOSITIONAL; LAUNCH
+# stands before each command ("srun --gpus=1").
 
 # A generative method is what is trained, on which unit. To add one: a word here and a line of its flags.
 FINETUNED         = lora dreambooth clustered clustered-lora one-model compositional
 lora.is           = --method lora       --per group   --data $(DATA) $(LORA)
 dreambooth.is     = --method dreambooth --per group   --data $(DATA) --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
 clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --prior $(RUN)/synthetic/vanilla \
-	$(DREAMBOOTH)
+	$(DREAMBOOTH) $(CLUSTERED)
 clustered-lora.is = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
 one-model.is      = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
 compositional.is  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
@@ -74,7 +74,7 @@ help:
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
 	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
-	  LORA DREAMBOOTH COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
+	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)

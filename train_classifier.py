@@ -198,8 +198,8 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
     optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     if last_layer:  # the rest stands still, batch statistics included: its features are computed once
-        features = torch.cat([model.backbone(to_input(part, device, args.resolution))
-                              for part in frozen(model, images.pixels)])
+        features, val_features = (torch.cat([model.backbone(to_input(part, device, args.resolution))
+                                             for part in frozen(model, part_of.pixels)]) for part_of in (images, val))
     loss_of, best, kept = getattr(losses, phase.loss), -1.0, None
     for epoch in range(epochs):
         model.train(not last_layer)
@@ -223,7 +223,8 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             sys.exit(f"train_classifier.py: error: seed {seed}: loss is {total} in epoch {epoch} on {phase.images} "
                      f"images (learning rate {rate:g}, batch {args.batch})")
         schedule.step()
-        accuracies = group_accuracies(predict(model, val, args.resolution).argmax(1), val)
+        answers = model.last_layer(val_features).cpu() if last_layer else predict(model, val, args.resolution)
+        accuracies = group_accuracies(answers.argmax(1), val)
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(min(accuracies.values()), 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})

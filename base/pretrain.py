@@ -248,7 +248,7 @@ def main():
     parser.add_argument("--images", type=count, default=12000, help="printed digits to draw")
     parser.add_argument("--vae-steps", type=count, default=400, help="of 32 images")
     parser.add_argument("--clip-steps", type=count, default=800, help="of 128 images")
-    parser.add_argument("--unet-steps", type=count, default=1500, help="of 64 images")
+    parser.add_argument("--unet-steps", type=count, default=1200, help="of 64 images")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
