@@ -1,5 +1,5 @@
-# Your own images: ROOT holds them and a metadata.csv with file_name, y, a, and perhaps split and text. Copy this file to
-# data/<name>.mk with `LOADER = folder` in it, and `make DATASET=<name>` is yours. All values are ours, to start from.
+# Your own images: ROOT holds them and a metadata.csv with file_name, y, a, and perhaps split and text. Copy this file
+# to data/<name>.mk with `LOADER = folder` in it, and `make DATASET=<name>` is yours. All values are ours, to start from.
 ROOT       ?= downloads/images
 BIAS       ?= natural
 PREPARE    ?= --root "$(ROOT)"
