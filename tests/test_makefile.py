@@ -100,6 +100,14 @@ def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
     assert files_of(runs) == before
 
 
+def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(house):
+    text = make(house, "-n", "sweep", "BIAS=0.9 0.99", "RECIPES=erm")
+    for bias in ("0.9", "0.99"):
+        assert f"data/prepare.py digits --bias {bias} --out data/digits-{bias}" in text
+    assert "evaluate.py --sweep runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
+    assert not (house / "data" / "digits-0.9").exists()
+
+
 def test_help_shows_the_settings_and_their_values(house):
     text = make(house, "help", "BIAS=0.9")
     assert "BIAS          0.9" in text and "make test" in text
