@@ -13,7 +13,7 @@ ifneq ($(word 2,$(BIAS)),)
 SWEEP         := $(BIAS)
 override BIAS := $(firstword $(BIAS))
 endif
-RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered compositional
+RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
 SEEDS   ?= 0 1 2
 BASE    ?= base/miniature
 CLIP    ?= $(BASE)/clip
@@ -74,7 +74,7 @@ help:
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
 	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
-	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
+	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN JUDGE LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)
@@ -150,7 +150,7 @@ $(foreach r,$(RECIPES),$(eval $(call stage,classifier-$(r),\
 	--recipe $(if $(filter $(r),$(METHODS)),two-stage,$(r)) $(call drawn,$(r),--synthetic $(RUN)/synthetic/%),\
 	$(RUN)/classifiers/$(r),$(DATA)/config.json $(call drawn,$(r),$(RUN)/synthetic/%/config.json))))
 
-# A judge of synthetic images, where a dataset has one, is a classifier that the run without bias trained.
+# JUDGE=runs/digits-0.5/classifiers/erm/seed0: a classifier of the run without bias tells if synthetic images are right.
 ifneq ($(BIAS) $(filter erm,$(RECIPES)),0.5 erm)
 $(JUDGE:/seed0=/config.json):
 	+@$(MAKE) --no-print-directory BIAS=0.5 RECIPES=erm SEEDS=0 $@

@@ -10,5 +10,3 @@ DREAMBOOTH    ?= --steps 250 --batch 16 --learning-rate 3e-4 --schedule cosine
 CLUSTERED     ?= --steps 125
 COMPOSITIONAL ?= --steps 800 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
 GENERATE      ?= --guidance-scale 1 --batch 32
-# tells the classes of synthetic digits: erm on the digits in random colours
-JUDGE         ?= runs/digits-0.5/classifiers/erm/seed0
