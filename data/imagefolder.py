@@ -274,7 +274,12 @@ def digest(*parts):
     """A short digest of JSON-able parts; a Path stands for the content of that file."""
     sha = hashlib.sha256()
     for part in parts:
-        sha.update(part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode())
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while chunk := file.read(1 << 20):  # a model may be larger than the memory
+                    sha.update(chunk)
+        else:
+            sha.update(json.dumps(part, sort_keys=True).encode())
         sha.update(b"\0")
     return sha.hexdigest()[:16]
 
@@ -286,7 +291,8 @@ def folder_digest(folder, rows):
 
 def model_digest(folder):
     """A digest of a local model's files, or of its name where it is a hub id."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".json", ".safetensors", ".txt"))
+    files = [Path(folder)] if Path(folder).is_file() else sorted(
+        path for path in Path(folder).rglob("*") if path.suffix in (".json", ".safetensors", ".txt"))
     return digest(*files) if files else digest(str(folder))
 
 

@@ -374,6 +374,7 @@ def parse():
         args.bias = 0.95 if args.dataset == "digits" else "natural"
     if args.dataset == "digits" and args.bias == "natural":
         raise folder.InputError("--bias natural", "digits have no colour by nature", "give a number, such as 0.95")
+    args.root = args.root and args.root.expanduser()
     if args.dataset != "digits" and not (args.root and args.root.is_dir()):
         raise folder.InputError("--root", f"{args.root or ''} is no folder",
                                 SOURCES.get(args.dataset, "your images and their metadata.csv"))
