@@ -1,7 +1,7 @@
 # The miniature: scikit-learn's handwritten digits on the base model of printed ones; 2 cores, no network.
 # All values are ours. Learning rates, prior weight, guidance scale and --balance were chosen on val (README), the
-# numbers of steps for a run of minutes, so that no method sees more images in training than dreambooth: a cluster,
-# of which there are about twice as many as groups, has half of a group's steps.
+# numbers of steps for a run of minutes. Images seen in training at bias 0.95: lora 19,200, compositional 25,600,
+# dreambooth 32,000, clustered 48,000 (12 clusters).
 IMAGES        ?= 250
 EPOCHS        ?= 30
 CLUSTER       ?= --min-size 20
