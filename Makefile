@@ -15,6 +15,8 @@ override BIAS := $(firstword $(BIAS))
 endif
 RECIPES ?= erm resample groupdro vanilla lora dreambooth clustered
 SEEDS   ?= 0 1 2
+# of clustering, fine-tuning and generation: one run each, the first in RUN, whose results take all of them together
+MODEL_SEEDS ?= 0
 BASE    ?= base/miniature
 CLIP    ?= $(BASE)/clip
 K       ?= auto
@@ -42,16 +44,19 @@ compositional.is  = --method dreambooth --per dataset --data $(RUN)/modes $(COMP
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 DATA    = data/$(DATASET)-$(BIAS)
-RUN     = runs/$(DATASET)-$(BIAS)
+RUN     = $(call run_of,$(firstword $(MODEL_SEEDS)))
+run_of  = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$(1)))
+SEED    = --seed $(firstword $(MODEL_SEEDS))
 PYTHON ?= python3
 PY      = .venv/bin/python
 
 .PHONY: all sweep each-bias test help clean FORCE
 .DELETE_ON_ERROR:
 
-all: $(RUN)/results/config.json
-	@cat $(RUN)/results/results.md; cat $(RUN)/results/cost.md 2>/dev/null || true
-	@echo "Pictures: $(RUN)/results/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
+all: $(RUN)/results/report.html
+	@cat $(RUN)/results/results.md
+	@echo "Report: $(RUN)/results/report.html"
+	@echo "Pictures: $(RUN)/results/*.png $(RUN)/images/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
 
 # Worst-group accuracy against bias: make sweep, or make sweep BIAS="0.9 0.99".
 sweep: each-bias
@@ -73,8 +78,9 @@ help:
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
-	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
-	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN JUDGE LAUNCH,printf '  %-13s %s\n' '$(v)' '$($(v))';)
+	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS MODEL_SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
+	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN JUDGE LAUNCH,\
+	  printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
 	rm -rf $(RUN)
@@ -97,7 +103,7 @@ $(3)/config.json: $(firstword $(2)) data/imagefolder.py $(STAMPS)/$(1) $(4) | .v
 	$(if $(strip $(5)),$(call sharded,$(strip $(5))))
 	$(call sharded,$(strip $(2)) --out $(3))
 endef
-STAMPS = $(RUN)/.stamps
+STAMPS = $(if $(filter prepare,$(1)),$(call run_of,0),$(RUN))/.stamps
 differ = $(subst x$(1)x,,x$(2)x)$(subst x$(2)x,,x$(1)x)
 
 # $(call sharded,COMMAND): in SHARDS processes side by side (as many as -j allows), then once more to publish.
@@ -114,48 +120,71 @@ endef
 # ---- the stages, in the order in which data flows -------------------------------------------------------------
 
 BASE_FILES = $(if $(filter base/miniature,$(BASE)),base/miniature/config.json,$(wildcard $(BASE)/model_index.json))
-METHODS    = $(filter vanilla $(FINETUNED),$(RECIPES))
+
+# A recipe is a word: of train_classifier.py (erm), a generative method, which is then its two-stage (clustered), or both
+# (filled+clustered). ffr alone learns from vanilla.
+parts   = $(subst +, ,$(if $(filter ffr ffr-groupdro,$(1)),$(1)+vanilla,$(1)))
+how     = $(or $(filter-out vanilla $(FINETUNED),$(call parts,$(1))),two-stage)
+drawn   = $(filter vanilla $(FINETUNED),$(call parts,$(1)))
+METHODS = $(sort $(foreach r,$(RECIPES),$(call drawn,$(r))))
 
 base/miniature/config.json: base/pretrain.py | .venv/installed
 	$(LAUNCH) $(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
 
 $(eval $(call stage,prepare,data/prepare.py $(LOADER) --bias $(BIAS) $(PREPARE),$(DATA)))
 
-$(eval $(call stage,cluster,cluster.py --data $(DATA) --clip $(CLIP) --k $(K) $(CLUSTER),$(RUN)/clusters,\
+$(eval $(call stage,cluster,cluster.py --data $(DATA) --clip $(CLIP) --k $(K) $(SEED) $(CLUSTER),$(RUN)/clusters,\
 	$(DATA)/config.json $(BASE_FILES)))
 
-$(eval $(call stage,modes,cluster.py --data $(DATA) --clip $(CLIP) --within class --k $(MODES) $(CLUSTER),\
+$(eval $(call stage,modes,cluster.py --data $(DATA) --clip $(CLIP) --within class --k $(MODES) $(SEED) $(CLUSTER),\
 	$(RUN)/modes,$(DATA)/config.json $(BASE_FILES)))
 
 # The prior of a DreamBooth method is vanilla's synthetic set; a clustered method's data are the clusters.
 inputs = $(DATA)/config.json $(BASE_FILES) $(patsubst %,%/config.json,\
 	$(filter $(RUN)/clusters $(RUN)/modes $(RUN)/synthetic/vanilla,$($(1).is)))
 $(foreach m,$(FINETUNED),$(eval $(call stage,finetune-$(m),\
-	finetune.py --base $(BASE) $($(m).is),$(RUN)/models/$(m),$(call inputs,$(m)))))
+	finetune.py --base $(BASE) $(SEED) $($(m).is),$(RUN)/models/$(m),$(call inputs,$(m)))))
 
 dropped = $(if $(filter no,$(KEEP_WEIGHTS)),$(filter $(FINETUNED),$(1)))
 
 $(foreach m,vanilla $(FINETUNED),$(eval $(call stage,generate-$(m),\
-	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(GENERATE) \
+	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) \
 	$(if $(filter-out vanilla,$(m)),--models $(RUN)/models/$(m)) $(if $(call dropped,$(m)),--drop-weights),\
 	$(RUN)/synthetic/$(m),\
 	cluster.py $(DATA)/config.json $(BASE_FILES) \
 	$(if $(filter-out vanilla,$(m)),$(RUN)/models/$(m)/config.json),\
-	$(if $(call dropped,$(m)),finetune.py --base $(BASE) $($(m).is) --out $(RUN)/models/$(m)))))
+	$(if $(call dropped,$(m)),finetune.py --base $(BASE) $(SEED) $($(m).is) --out $(RUN)/models/$(m)))))
 
-# $(call drawn,RECIPE,PATTERN): the pattern with the synthetic set that the recipe learns from, if any; ffr: vanilla's.
-drawn = $(patsubst %,$(2),$(patsubst ffr,vanilla,$(filter ffr $(METHODS),$(1))))
 $(foreach r,$(RECIPES),$(eval $(call stage,classifier-$(r),\
 	train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
-	--recipe $(if $(filter $(r),$(METHODS)),two-stage,$(r)) $(call drawn,$(r),--synthetic $(RUN)/synthetic/%),\
-	$(RUN)/classifiers/$(r),$(DATA)/config.json $(call drawn,$(r),$(RUN)/synthetic/%/config.json))))
+	--recipe $(call how,$(r)) $(patsubst %,--synthetic $(RUN)/synthetic/%,$(call drawn,$(r))),\
+	$(RUN)/classifiers/$(r),$(DATA)/config.json $(patsubst %,$(RUN)/synthetic/%/config.json,$(call drawn,$(r))))))
 
 # JUDGE=runs/digits-0.5/classifiers/erm/seed0: a classifier of the run without bias tells if synthetic images are right.
+ifneq ($(JUDGE),)
 ifneq ($(BIAS) $(filter erm,$(RECIPES)),0.5 erm)
 $(JUDGE:/seed0=/config.json):
 	+@$(MAKE) --no-print-directory BIAS=0.5 RECIPES=erm SEEDS=0 $@
 endif
+endif
 
-$(eval $(call stage,evaluate,evaluate.py --data $(DATA) --classifiers $(RECIPES:%=$(RUN)/classifiers/%) \
-	$(if $(METHODS),--synthetic $(METHODS:%=$(RUN)/synthetic/%) --clip $(CLIP) $(JUDGE:%=--judge %)),$(RUN)/results,\
-	$(RECIPES:%=$(RUN)/classifiers/%/config.json) $(if $(METHODS),$(JUDGE:/seed0=/config.json))))
+# The other model seeds: what hangs on them is made by a make of their own.
+DRAWN_RECIPES = $(foreach r,$(RECIPES),$(if $(call drawn,$(r)),$(r)))
+OTHERS = $(foreach s,$(wordlist 2,99,$(MODEL_SEEDS)),$(DRAWN_RECIPES:%=$(call run_of,$(s))/classifiers/%))
+define other_seed
+$(DRAWN_RECIPES:%=$(call run_of,$(1))/classifiers/%/config.json) &: $(DATA)/config.json $(BASE_FILES) FORCE
+	+@$(MAKE) --no-print-directory MODEL_SEEDS=$(1) $(DRAWN_RECIPES:%=$(call run_of,$(1))/classifiers/%/config.json)
+endef
+$(foreach s,$(wordlist 2,99,$(MODEL_SEEDS)),$(eval $(call other_seed,$(s))))
+
+$(eval $(call stage,images,evaluate_images.py --data $(DATA) --synthetic $(METHODS:%=$(RUN)/synthetic/%) \
+	--clip $(CLIP) $(JUDGE:%=--judge %),$(RUN)/images,\
+	cluster.py train_classifier.py $(METHODS:%=$(RUN)/synthetic/%/config.json) $(JUDGE:/seed0=/config.json)))
+
+$(eval $(call stage,evaluate,evaluate.py --data $(DATA) \
+	--classifiers $(RECIPES:%=$(RUN)/classifiers/%) $(OTHERS) \
+	$(if $(METHODS),--synthetic $(METHODS:%=$(RUN)/synthetic/%) --images $(RUN)/images),$(RUN)/results,\
+	$(RECIPES:%=$(RUN)/classifiers/%/config.json) $(OTHERS:%=%/config.json) $(if $(METHODS),$(RUN)/images/config.json)))
+
+$(RUN)/results/report.html: report.py $(RUN)/results/config.json
+	$(LAUNCH) $(PY) report.py --run $(RUN) --data $(DATA) --out $@

@@ -1,23 +1,21 @@
 """Stage 5: worst-group accuracy of every recipe with intervals, as tables, figures and sheets of images.
 
     python evaluate.py --data data/digits-0.95 --classifiers runs/digits-0.95/classifiers/{erm,lora} \\
-        --synthetic runs/digits-0.95/synthetic/lora --clip base/miniature/clip --out runs/digits-0.95/results
+        --synthetic runs/digits-0.95/synthetic/lora --images runs/digits-0.95/images --out runs/digits-0.95/results
     python evaluate.py --sweep runs/digits-{0.9,0.95,0.99}/results --out runs/digits-sweep
 
-Reads the predictions of train_classifier.py, one folder a recipe, and the images of generate.py.
+Reads the predictions of train_classifier.py, one folder a recipe (of several runs, where their models have other
+seeds), and what evaluate_images.py says of the synthetic images.
 Writes OUT/results.csv (tidy: recipe, seed, group, metric, value), OUT/results.md (best worst group first, with
 95 % bootstrap intervals and the differences from erm and groupdro on the same test images), OUT/intervals.csv,
-OUT/synthetic.csv (whether the images of each synthetic set are what they claim), OUT/cost.md (what each took),
 OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and OUT/config.json; prints the tables.
 With --sweep, the results of several biases side by side: OUT/sweep.csv, OUT/sweep.md, OUT/sweep.png.
 """
 
 import csv
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from cluster import Clip, pick_device
 from data import imagefolder as folder
 
 METRICS = {
@@ -25,6 +23,9 @@ METRICS = {
     "mean_group": "mean group accuracy",
     "train_weighted": "train-weighted accuracy",
     "gap": "gap",
+    "conflicting": "bias-conflicting accuracy",
+    "equalised_odds": "equalised-odds difference",
+    "demographic_parity": "demographic-parity difference",
 }
 REFERENCES = ("erm", "groupdro")  # recipes that every other is compared with
 
@@ -54,11 +55,36 @@ def metrics(accuracies, train_counts):
     }
 
 
-def bootstrap_worst_group(right, members, draws, rng):
+def fairness(rows, train_counts):
+    """The measures that need predictions: {conflicting, equalised_odds, demographic_parity}.
+
+    conflicting: accuracy on images whose attribute is not the one that is most over-represented in their class in
+    training (the greatest P(a | y) / P(a)). equalised_odds, demographic_parity: greatest difference between attributes
+    of P(prediction = c | y) and of P(prediction = c), over all classes c and y; for two classes they are fairlearn's
+    equalized_odds_difference and demographic_parity_difference (Hardt et al. 2016).
+    """
+    attributes, classes = (sorted({row[label] for row in rows}) for label in "ay")
+    trained = {a: sum(n for group, n in train_counts.items() if group.endswith(f"-a{a}")) for a in attributes}
+    tied = {y: max(attributes, key=lambda a: train_counts.get(folder.group_name(y, a), 0) / max(1, trained[a]))
+            for y in classes}
+    conflicting = [row["prediction"] == row["y"] for row in rows if row["a"] != tied[row["y"]]]
+
+    def difference_of_rates(rows):
+        parts = [[row["prediction"] for row in rows if row["a"] == a] for a in attributes]
+        return max((max(rates) - min(rates) for rates in (
+            [part.count(c) / len(part) for part in parts if part] for c in classes)), default=0.0)
+
+    return {"conflicting": mean(conflicting) if conflicting else float("nan"),
+            "equalised_odds": max(difference_of_rates([row for row in rows if row["y"] == y]) for y in classes),
+            "demographic_parity": difference_of_rates(rows)}
+
+
+def bootstrap_worst_group(right, members, draws, rng, runs=None):
     """Worst-group accuracy, mean over seeds, of `draws` bootstrap samples of test images and of seeds: (draws,) float.
 
-    right: (seeds, images) bool; members: an index array a group. Images are drawn anew within their group, seeds with
-    them; with a generator `rng` of the same seed, recipes get the same draws, so that their differences are paired.
+    right: (seeds, images) bool; members: an index array a group; runs: of each seed. Images are drawn anew within their
+    group, and seeds with them, or runs, where there are several: the seeds of one share its diffusion models. With a
+    generator `rng` of the same seed, recipes get the same draws, so that their differences are paired.
     """
     import numpy as np
 
@@ -67,14 +93,17 @@ def bootstrap_worst_group(right, members, draws, rng):
         counts = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
         accuracies.append(right[:, group].astype(float) @ counts.T / len(group))
     worst = np.min(accuracies, axis=0)  # (seeds, draws)
-    seeds = rng.integers(len(right), size=(len(right), draws))
+    if len(set(runs or ())) > 1:
+        worst = np.array([worst[[other == run for other in runs]].mean(0) for run in sorted(set(runs))])
+    seeds = rng.integers(len(worst), size=(len(worst), draws))
     return np.take_along_axis(worst, seeds, axis=0).mean(0)
 
 
-def intervals(predictions, draws=2000):
+def intervals(predictions, table, draws=2000):
     """{recipe: {"worst_group": (low, high), "vs erm": (difference, low, high), ...}}, all of 95 %.
 
-    predictions: {recipe: {seed: rows}}. A difference is this recipe's worst-group accuracy less the reference's.
+    predictions: {recipe: {seed: rows}}; table: of summary. A difference is this recipe's worst-group accuracy less the
+    reference's.
     """
     import numpy as np
 
@@ -83,16 +112,16 @@ def intervals(predictions, draws=2000):
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     right = {recipe: np.array([[row["prediction"] == row["y"] for row in rows] for rows in seeds.values()])
              for recipe, seeds in predictions.items()}
-    worst = {recipe: np.mean([min(one[group].mean() for group in members) for one in hits])
-             for recipe, hits in right.items()}
-    samples = {recipe: bootstrap_worst_group(hits, members, draws, np.random.default_rng(0))
+    samples = {recipe: bootstrap_worst_group(hits, members, draws, np.random.default_rng(0),
+                                             [run_of(seed) for seed in predictions[recipe]])
                for recipe, hits in right.items()}
     found = {recipe: {"worst_group": tuple(np.quantile(values, (0.025, 0.975)))} for recipe, values in samples.items()}
     for recipe in found:
         for reference in REFERENCES:
             if reference in samples and reference != recipe:
                 low, high = np.quantile(samples[recipe] - samples[reference], (0.025, 0.975))
-                found[recipe][f"vs {reference}"] = (worst[recipe] - worst[reference], low, high)
+                apart = table[recipe]["worst_group"][0] - table[reference]["worst_group"][0]
+                found[recipe][f"vs {reference}"] = (apart, low, high)
     return found
 
 
@@ -110,101 +139,30 @@ def read_predictions(path, split):
 
 
 def read_recipes(args):
-    """{recipe: {seed: rows of predictions}}, all of the same images."""
-    predictions, tested = {}, None
+    """{recipe: {seed: rows of predictions}}, all of the same images.
+
+    A recipe is known by its folder's name; where that stands in several runs, a seed is called <run>/<seed>.
+    """
+    names, predictions, tested = [path.name for path in args.classifiers], {}, None
     for recipe in args.classifiers:
-        if recipe.name in predictions:
-            raise folder.InputError("--classifiers", "two have the same name", "a recipe is known by its folder's name")
+        run = f"{recipe.resolve().parent.parent.name}/" if names.count(recipe.name) > 1 else ""
         seeds = sorted(recipe.glob("seed*"), key=lambda path: int(path.name[4:]))
         if not seeds:
             raise folder.InputError(recipe, "holds no seed", "point --classifiers to OUTs of train_classifier.py")
-        predictions[recipe.name] = {}
         for seed in seeds:
-            rows = predictions[recipe.name][seed.name[4:]] = read_predictions(seed / "predictions.csv", args.split)
-            names = [row["file_name"] for row in rows]
-            if names != (tested := tested or names):
+            name = run + seed.name[4:]
+            if name in predictions.setdefault(recipe.name, {}):
+                raise folder.InputError("--classifiers", f"two {recipe.name} of the same run", "name each once")
+            rows = predictions[recipe.name][name] = read_predictions(seed / "predictions.csv", args.split)
+            images = [row["file_name"] for row in rows]
+            if images != (tested := tested or images):
                 raise folder.InputError(seed, "was tested on other images than the first recipe", "train it again")
     return predictions
 
 
-# ------------------------------------------------------------------------------------- the synthetic images
-
-
-def claims(rows, source, prompts, clip):
-    """Shares of a synthetic set's images whose class, and whose attribute, CLIP tells as claimed, zero-shot.
-
-    prompts: {group: prompt}. CLIP is asked which group's prompt an image shows; its class is right if that group's is.
-    """
-    right = {"class": 0, "attribute": 0}
-    for i in range(0, len(rows), 256):
-        part = rows[i:i + 256]
-        answers = clip.zero_shot([folder.load_image(source / row["file_name"], clip.size) for row in part],
-                                 list(prompts.values())).argmax(1).tolist()
-        for row, answer in zip(part, answers):
-            y, a = list(prompts)[answer].split("-")
-            right["class"] += y == f"y{row['y']}"
-            right["attribute"] += a == f"a{row['a']}"
-    return {f"clip_{name}": count / len(rows) for name, count in right.items()}
-
-
-def judged_class(rows, source, judge):
-    """Share of images whose class a classifier tells as claimed; judge: its OUT/seed<k>, trained without bias."""
-    import torch
-    from safetensors.torch import load_file
-
-    from train_classifier import Classifier, Images, predict
-
-    settings = json.loads((judge / "config.json").read_text(encoding="utf-8"))["arguments"]
-    weights = load_file(judge / "model.safetensors")
-    model = Classifier(settings["arch"], "none", len(weights["last_layer.bias"]))
-    model.load_state_dict(weights)
-    images = Images(source, rows, settings["resolution"], list(folder.group_counts(rows)))
-    return (predict(model, images, settings["resolution"]).argmax(1) == images.y).float().mean().item()
-
-
-def judged_attribute(rows, source, real, data):
-    """Share of images whose mean colour is nearest to that of the real images of the attribute that they claim."""
-    import numpy as np
-
-    def colour(path):
-        return np.asarray(folder.load_image(path, 32), float).mean((0, 1))
-
-    seen = {}
-    for row in real:
-        seen.setdefault(row["a"], []).append(colour(data / row["file_name"]))
-    centres = {a: np.mean(colours, axis=0) for a, colours in seen.items()}
-    right = [min(centres, key=lambda a: np.linalg.norm(centres[a] - colour(source / row["file_name"]))) == row["a"]
-             for row in rows]
-    return sum(right) / len(right)
-
-
-def cost(source):
-    """What a synthetic set took, to its last unit: seconds of fine-tuning and of generation, MB of weights on disk."""
-    def seconds(where):
-        configs = [json.loads(path.read_text(encoding="utf-8")) for path in Path(where).glob("*/config.json")]
-        return sum(config.get("seconds", 0) for config in configs)
-
-    models = json.loads((source / "config.json").read_text(encoding="utf-8"))["arguments"]["models"]
-    weights = sum(path.stat().st_size for path in Path(models).rglob("*.safetensors")) if models else 0
-    return {"method": source.name, "fine-tuning, s": round(seconds(models)) if models else 0,
-            "generation, s": round(seconds(source)), "weights, MB": f"{weights / 1e6:.1f}"}
-
-
-def synthetic_table(args):
-    """[{method, images, clip_class, clip_attribute, judge_class, judge_colour}], shares as far as they are asked."""
-    clip = Clip(args.clip, pick_device(args.device)) if args.clip else None
-    everything = folder.read_metadata(args.data)
-    real, table = [row for row in everything if row["split"] == "train"], []
-    for source in args.synthetic:
-        rows = folder.read_metadata(source, "train")
-        line = {"method": source.name, "images": len(rows)}
-        if clip:
-            line |= claims(rows, source, folder.group_prompts(everything), clip)
-        if args.judge:
-            line |= {"judge_class": judged_class(rows, source, args.judge),
-                     "judge_colour": judged_attribute(rows, source, real, args.data)}
-        table.append({key: f"{value:.3f}" if isinstance(value, float) else value for key, value in line.items()})
-    return table
+def run_of(seed):
+    """The run of a seed's name: of <run>/<seed>, else empty."""
+    return seed.rpartition("/")[0]
 
 
 # ---------------------------------------------------------------------------------------------- the outputs
@@ -216,7 +174,8 @@ def tidy_results(predictions, train_counts):
     for recipe, seeds in predictions.items():
         for seed, answers in seeds.items():
             accuracies = group_accuracies(answers)
-            rows += [[recipe, seed, "all", *pair] for pair in metrics(accuracies, train_counts).items()]
+            rows += [[recipe, seed, "all", *pair] for pair in
+                     (metrics(accuracies, train_counts) | fairness(answers, train_counts)).items()]
             rows += [[recipe, seed, group, "accuracy", value] for group, value in accuracies.items()]
             rows += [[recipe, seed, group, "images", count] for group, count in folder.group_counts(answers).items()]
     return [{"recipe": recipe, "seed": seed, "group": group, "metric": metric,
@@ -225,15 +184,32 @@ def tidy_results(predictions, train_counts):
 
 
 def summary(results):
-    """{recipe: {metric or group: (mean, deviation over seeds)}}, the best worst-group accuracy first."""
+    """{recipe: {metric or group: (mean, deviation)}}, the best worst-group accuracy first.
+
+    The deviation is that of runs, each the mean of its seeds; of seeds, where there is but one run.
+    """
     values = {}
     for row in results:
         if row["metric"] != "images":
             column = row["metric"] if row["group"] == "all" else row["group"]
-            values.setdefault(row["recipe"], {}).setdefault(column, []).append(float(row["value"]))
-    table = {recipe: {column: (mean(seeds), stdev(seeds) if len(seeds) > 1 else 0.0)
-                      for column, seeds in columns.items()} for recipe, columns in values.items()}
+            runs = values.setdefault(row["recipe"], {}).setdefault(column, {})
+            runs.setdefault(run_of(row["seed"]), []).append(float(row["value"]))
+    table = {}
+    for recipe, columns in values.items():
+        for column, runs in columns.items():
+            several = [mean(seeds) for seeds in runs.values()] if len(runs) > 1 else next(iter(runs.values()))
+            table.setdefault(recipe, {})[column] = (mean(several), stdev(several) if len(several) > 1 else 0.0)
     return dict(sorted(table.items(), key=lambda item: -item[1]["worst_group"][0]))
+
+
+def read_columns(path):
+    """(column names, rows) of a csv of evaluate_images.py."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            columns, *rows = csv.reader(file, strict=True)
+    except (OSError, ValueError, csv.Error) as error:
+        raise folder.InputError(path, f"can't be read: {error}", "run evaluate_images.py") from None
+    return columns, rows
 
 
 def markdown_table(columns, rows):
@@ -241,12 +217,33 @@ def markdown_table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def markdown(table, found, sizes, seeds, split):
+def interval_line(recipe, row, found, seeds):
+    """A line of intervals.csv: worst-group accuracy, paired differences, and how many seeds answer with one class."""
+    line = {"recipe": recipe, "collapsed": sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values()),
+            **dict(zip(("worst_group", "low", "high"), (row["worst_group"][0], *found["worst_group"])))}
+    for reference in REFERENCES:
+        values = found.get(f"vs {reference}", ("", "", ""))
+        line |= dict(zip((f"vs_{reference}", f"vs_{reference}_low", f"vs_{reference}_high"), values))
+    return {key: f"{value:.6f}" if isinstance(value, float) else value for key, value in line.items()}
+
+
+def latex(table, found):
+    """The first table as LaTeX, for a paper that uses booktabs."""
+    lines = [f"{recipe} & ${row['worst_group'][0]:.3f} \\pm {row['worst_group'][1]:.3f}$ & "
+             "$[{:.3f}, {:.3f}]$".format(*found[recipe]["worst_group"]) + f" & ${row['mean_group'][0]:.3f}$ \\\\"
+             for recipe, row in table.items()]
+    return "\n".join([r"\begin{tabular}{lccc}", r"\toprule",
+                      r"Recipe & Worst-group accuracy & 95\,\% interval & Mean group accuracy \\", r"\midrule", *lines,
+                      r"\bottomrule", r"\end{tabular}", ""]).replace("_", r"\_")
+
+
+def markdown(table, found, sizes, split):
     """The two tables of results.md. sizes: {group: images of the split}."""
     compared = [column for column in (f"vs {reference}" for reference in REFERENCES)
                 if any(column in row for row in found.values())]
-    text = (f"Accuracy on {split}, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)} of the classifier, "
-            "in brackets 95 % bootstrap intervals over test images and seeds; bold: a difference that leaves zero.\n\n")
+    text = (f"Accuracy on {split}, mean ± standard deviation over seeds (over runs, where several with other models "
+            "were given), in brackets 95 % bootstrap intervals over test images and seeds or runs; bold: a difference "
+            "that leaves zero.\n\n")
     text += markdown_table(["recipe", "worst-group accuracy", "interval", *compared], [
         [recipe, f"{row['worst_group'][0]:.3f} ± {row['worst_group'][1]:.3f}", "[{:.3f}, {:.3f}]".format(
             *found[recipe]["worst_group"]), *(difference(found[recipe].get(column)) for column in compared)]
@@ -353,22 +350,25 @@ def main():
         return sweep(args)
     predictions = read_recipes(args)
     results = tidy_results(predictions, folder.group_counts(folder.read_metadata(args.data, "train")))
-    table, found = summary(results), intervals(predictions)
+    table = summary(results)
+    found = intervals(predictions, table)
     first = next(iter(next(iter(predictions.values())).values()))
-    synthetic = synthetic_table(args) if args.synthetic else []
     with folder.replacing(args.out) as out:
         out.mkdir()
         folder.write_csv(out / "results.csv", results)
-        folder.write_csv(out / "intervals.csv", [dict(zip(("recipe", "worst_group", "low", "high"), (
-            recipe, *(f"{value:.6f}" for value in (table[recipe]["worst_group"][0], *found[recipe]["worst_group"])))))
-            for recipe in table])
-        text = markdown(table, found, folder.group_counts(first), max(map(len, predictions.values())), args.split)
-        if synthetic:
-            folder.write_csv(out / "synthetic.csv", synthetic)
-            text += ("\nThe synthetic sets: shares of images that show the class and the attribute that they claim.\n\n"
-                     + markdown_table(list(synthetic[0]), [line.values() for line in synthetic]))
-            costs = [cost(source) for source in args.synthetic]
-            (out / "cost.md").write_text(markdown_table(list(costs[0]), [line.values() for line in costs]))
+        lines = [interval_line(recipe, table[recipe], found[recipe], predictions[recipe]) for recipe in table]
+        folder.write_csv(out / "intervals.csv", lines, list(max(lines, key=len)))
+        text = markdown(table, found, folder.group_counts(first), args.split)
+        text += "".join(f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers answer with one class "
+                        "alone.\n" for line in lines if line["collapsed"])
+        if args.images:
+            text += ("\nThe synthetic sets, means over groups: share that was rejected, kernel distance to held-out real "
+                     "images in CLIP space, coverage of them, share too near to a training image (0.01 is chance); "
+                     "shares that show the class and the attribute that they claim.\n\n"
+                     + markdown_table(*read_columns(args.images / "synthetic.csv"))
+                     + "\n" + markdown_table(*read_columns(args.images / "cost.csv")))
+        if args.latex:
+            (out / "results.tex").write_text(latex(table, found), encoding="utf-8")
         (out / "results.md").write_text(text, encoding="utf-8")
         save_figure(out / "worst_group.png", table, found)
         save_images(out / "images.png", args)
@@ -383,12 +383,10 @@ def parse():
     parser.add_argument("--data", type=Path, help="real images: folder in the one format")
     parser.add_argument("--classifiers", type=Path, nargs="+", help="OUTs of train_classifier.py")
     parser.add_argument("--synthetic", type=Path, nargs="*", default=[], help="OUTs of generate.py to show")
-    parser.add_argument("--clip", help="folder or hub id of a CLIP, asked whether synthetic images are what they claim")
-    parser.add_argument("--judge", type=Path, help="a seed<k> of train_classifier.py on unbiased images, to judge "
-                        "classes; the attribute is then judged by mean colour (digits)")
+    parser.add_argument("--images", type=Path, help="OUT of evaluate_images.py for them")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: for choosing settings")
+    parser.add_argument("--latex", action=folder.Flag, default=False, help="write results.tex as well")
     parser.add_argument("--sweep", type=Path, nargs="+", help="OUTs of this script, one a bias, to put side by side")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     if not args.sweep and not (args.data and args.classifiers):

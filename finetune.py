@@ -444,7 +444,7 @@ def train_units(units, args):
             save_weights(out, models, args)
             folder.write_csv(out / "loss.csv", curve)
             folder.write_config(out, args, unit.key, unit=unit.name, images=len(unit.rows),
-                                seconds=round(time.monotonic() - start, 1))
+                                **folder.spent(start))
         folder.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.name}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)

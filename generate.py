@@ -249,7 +249,7 @@ def main():
         start = time.monotonic()
         load_unit(pipe, draw["folder"])
         fill(pipe, clip, draw, prompts, work, args)
-        folder.write_config(work, args, draw["key"], seconds=round(time.monotonic() - start, 1))
+        folder.write_config(work, args, draw["key"], **folder.spent(start))
         folder.remove(args.out / draw["name"])
         work.rename(args.out / draw["name"])
     if shards == 1:

@@ -5,14 +5,15 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic images, then
-only the last layer on the real, biased ones. ffr is the same with the whole network; erm, reweight, resample, subg and
-groupdro are peers on real images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr fits its
-last layer to val itself. None sees test.
+only the last layer on the real, biased ones. ffr is the same with the whole network; mixed and filled train once, on
+real and synthetic images together. erm, reweight, resample, subg, groupdro, jtt and dfr are peers on real images alone.
+Each keeps the epoch with the best worst-group accuracy on val; dfr fits its last layer to val itself. None sees test.
 
 Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
 (file_name, split, y, a, prediction, a probability a class), log.csv and config.json; last OUT/config.json.
 """
 
+import copy
 import sys
 import time
 from collections import namedtuple
@@ -26,20 +27,34 @@ from torchvision.transforms import v2
 from cluster import pick_device
 from data import imagefolder as folder
 
-# A recipe is a list of phases: which images, how they are drawn, which loss, which weights learn.
+# A recipe is a list of phases: which images, how they are drawn, which loss, which weights learn. "filled" images are
+# the real ones and as many synthetic ones as bring every group to the size of the largest.
 Phase = namedtuple("Phase", "images drawn loss learns")
+ERM, PRETRAINED = (Phase("real", "shuffled", "cross_entropy", "all"), Phase("synthetic", "shuffled", "contrastive", "all"))
 RECIPES = {
-    "erm": [Phase("real", "shuffled", "cross_entropy", "all")],
+    "erm": [ERM],
     "reweight": [Phase("real", "shuffled", "group_weighted", "all")],
     "resample": [Phase("real", "group-balanced", "cross_entropy", "all")],
     "subg": [Phase("real", "smallest group", "cross_entropy", "all")],  # Idrissi et al. 2022
     "groupdro": [Phase("real", "group-balanced", "group_dro", "all")],
-    "dfr": [Phase("real", "shuffled", "cross_entropy", "all"), Phase("val", None, "logistic_regression", "last layer")],
-    "ffr": [Phase("synthetic", "shuffled", "cross_entropy", "all"),  # From Fake to Real, arXiv 2308.04553
-            Phase("real", "shuffled", "cross_entropy", "all")],
-    "two-stage": [Phase("synthetic", "shuffled", "contrastive", "all"),
-                  Phase("real", "shuffled", "cross_entropy", "last layer")],
+    "jtt": [Phase("real", "shuffled", "cross_entropy", "identification"),  # Liu et al. 2021, algorithm 1
+            Phase("real", "errors upsampled", "cross_entropy", "all")],
+    "dfr": [ERM, Phase("val", None, "logistic_regression", "last layer")],
+    "mixed": [Phase("mixed", "shuffled", "cross_entropy", "all")],
+    "filled": [Phase("filled", "shuffled", "cross_entropy", "all")],
+    "ffr": [Phase("synthetic", "shuffled", "cross_entropy", "all"), ERM],  # From Fake to Real, arXiv 2308.04553
+    "ffr-groupdro": [Phase("synthetic", "shuffled", "cross_entropy", "all"),
+                     Phase("real", "group-balanced", "group_dro", "all")],
+    "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
+    "two-stage-resample": [PRETRAINED, Phase("real", "group-balanced", "cross_entropy", "last layer")],
+    "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
+    "two-stage-dfr": [PRETRAINED, Phase("val", None, "logistic_regression", "last layer")],
 }
+
+
+def takes_synthetic(recipe):
+    return any(phase.images in ("synthetic", "mixed", "filled") for phase in RECIPES[recipe])
+
 
 # ---------------------------------------------------------------------------------------------- the losses
 
@@ -51,6 +66,7 @@ class Losses:
         self.args = args
         self.group_weights = torch.full((groups,), 1 / groups)
         sizes = images.group.bincount(minlength=groups)
+        self.root_sizes = sizes.clamp(min=1).sqrt()
         self.rarity = len(images) / (sizes.clamp(min=1) * (sizes > 0).sum())  # mean 1 over the images
 
     def cross_entropy(self, logits, features, y, group):
@@ -68,12 +84,13 @@ class Losses:
     def group_dro(self, logits, features, y, group):
         """Group losses weighted by exponentiated gradient ascent (Sagawa et al. 2020, algorithm 1).
 
-        As in the authors' code, a group without an image in the batch has loss 0.
+        As in the authors' code, a group without an image in the batch has loss 0, and the generalisation adjustment
+        C / sqrt(size) (section 3.3) is added to the losses that move the weights.
         """
         weights = self.group_weights
         member = F.one_hot(group, len(weights)).float()
         losses = member.T @ F.cross_entropy(logits, y, reduction="none") / member.sum(0).clamp(min=1)
-        weights.mul_((self.args.dro_step * losses.detach().cpu()).exp())
+        weights.mul_((self.args.dro_step * (losses.detach().cpu() + self.args.dro_adjustment / self.root_sizes)).exp())
         weights.div_(weights.sum())
         return losses @ weights.to(losses)
 
@@ -145,7 +162,7 @@ class Images:
         from torchvision.transforms.functional import pil_to_tensor
         from tqdm import tqdm
 
-        self.rows = rows
+        self.rows, self.errors = rows, None
         self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         for pixels, row in zip(self.pixels, tqdm(rows, f"read {data}", unit="image", mininterval=1, disable=None)):
             pixels.copy_(pil_to_tensor(folder.load_image(data / row["file_name"], size)))
@@ -155,7 +172,19 @@ class Images:
     def __len__(self):
         return len(self.rows)
 
-    def batches(self, drawn, size, rng):
+    def joined(self, other, filled):
+        """These images and the other's: all, or with `filled` the first so many as bring every group to the largest."""
+        sizes, taken = self.group.bincount(minlength=int(other.group.max()) + 1), []
+        for group in other.group.unique():
+            members = (other.group == group).nonzero()[:, 0]
+            taken.append(members[:sizes.max() - sizes[group]] if filled else members)
+        taken, both = torch.cat(taken), copy.copy(self)
+        both.rows = self.rows + [other.rows[i] for i in taken]
+        for name in ("pixels", "y", "group"):
+            setattr(both, name, torch.cat([getattr(self, name), getattr(other, name)[taken]]))
+        return both
+
+    def batches(self, drawn, size, rng, upsampling=1):
         """Index tensors of one epoch, of `size` each; the last may be shorter, but never a single image."""
         if drawn == "shuffled":
             order = torch.randperm(len(self), generator=rng)
@@ -163,6 +192,9 @@ class Images:
             sizes = self.group.bincount()
             first = [(self.group == group).nonzero()[:, 0][:sizes[sizes > 0].min()] for group in self.group.unique()]
             order = torch.cat(first)
+            order = order[torch.randperm(len(order), generator=rng)]
+        elif drawn == "errors upsampled":  # what the model before got wrong stands `upsampling` times in the epoch
+            order = torch.arange(len(self)).repeat_interleave(1 + (upsampling - 1) * self.errors.long())
             order = order[torch.randperm(len(order), generator=rng)]
         else:  # every group as often as every other (resampling with replacement)
             weights = 1 / self.group.bincount().float()
@@ -180,33 +212,34 @@ def random_crops(pixels, size):
     return torch.stack([crop(image) for image in pixels])
 
 
-def to_input(pixels, device, size=None):
+def to_input(pixels, device, size):
     """uint8 -> float in [-1, 1], the middle of each image, `size` pixels a side."""
-    pixels = pixels if size in (None, pixels.shape[-1]) else v2.functional.center_crop(pixels, size)
+    pixels = pixels if size == pixels.shape[-1] else v2.functional.center_crop(pixels, size)
     return pixels.to(device, torch.float, memory_format=torch.channels_last) / 127.5 - 1
 
 
 def train_phase(model, phase, images, val, losses, args, seed, log):
     """Trains the weights that the phase lets learn and leaves those of the epoch that was best on val.
 
-    Returns its worst-group accuracy on val.
+    Returns its worst-group accuracy on val. An identification phase stops early and leaves those of its last epoch.
     """
     device = next(model.parameters()).device
     last_layer = phase.learns == "last layer"
     learning = model.last_layer if last_layer else model
-    epochs, rate = (args.last_layer_epochs, args.last_layer_rate) if last_layer else (args.epochs, args.learning_rate)
+    identifies = phase.learns == "identification"
+    epochs, rate = (args.last_layer_epochs, args.last_layer_rate) if last_layer else (
+        args.jtt_epochs if identifies else args.epochs, args.learning_rate)
     optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     if last_layer:  # the rest stands still, batch statistics included: its features are computed once
-        features, val_features = (torch.cat([model.backbone(to_input(part, device, args.resolution))
-                                             for part in frozen(model, part_of.pixels)]) for part_of in (images, val))
+        features, val_features = (features_of(model, part, args.resolution) for part in (images, val))
     loss_of, best, kept = getattr(losses, phase.loss), -1.0, None
     for epoch in range(epochs):
         model.train(not last_layer)
         total = 0.0
         rng = torch.Generator().manual_seed(folder.seed_of(seed, phase, epoch))
         torch.manual_seed(folder.seed_of(seed, phase, epoch, "crops"))
-        batches = images.batches(phase.drawn, args.batch, rng)
+        batches = images.batches(phase.drawn, args.batch, rng, args.jtt_upsampling)
         for batch in batches:
             if last_layer:
                 logits, embedded = model.last_layer(features[batch]), None
@@ -228,7 +261,7 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(min(accuracies.values()), 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
-        if min(accuracies.values()) > best:
+        if identifies or min(accuracies.values()) > best:
             best = min(accuracies.values())
             kept = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
@@ -246,9 +279,7 @@ def fit_last_layer(model, val, args, seed):
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.preprocessing import StandardScaler
 
-    device = next(model.parameters()).device
-    features = torch.cat([model.backbone(to_input(part, device, args.resolution)).cpu()
-                          for part in frozen(model, val.pixels)]).numpy()
+    features = features_of(model, val, args.resolution).cpu().numpy()
     y, group = val.y.numpy(), val.group.numpy()
     rng = np.random.default_rng(folder.seed_of(seed, "dfr"))
 
@@ -282,16 +313,18 @@ def fit_last_layer(model, val, args, seed):
     return scores[strength]
 
 
-def frozen(model, pixels):
+@torch.no_grad()
+def features_of(model, images, size):
+    """What the last layer sees, (N, D); size: pixels a side that the model sees."""
     model.eval()
-    with torch.no_grad():
-        yield from pixels.split(256)
-
-
-def predict(model, images, size):
-    """Class probabilities (N, C) on the CPU; size: pixels a side that the model sees."""
     device = next(model.parameters()).device
-    return torch.cat([model(to_input(part, device, size))[0].softmax(1).cpu() for part in frozen(model, images.pixels)])
+    return torch.cat([model.backbone(to_input(part, device, size)) for part in images.pixels.split(256)])
+
+
+@torch.no_grad()
+def predict(model, images, size):
+    """Class probabilities (N, C) on the CPU."""
+    return model.last_layer(features_of(model, images, size)).softmax(1).cpu()
 
 
 def group_accuracies(predictions, images):
@@ -309,7 +342,7 @@ def main():
     args = parse()
     phases = RECIPES[args.recipe]
     rows = {split: folder.read_metadata(args.data, split) for split in folder.SPLITS}
-    needs_synthetic = any(phase.images == "synthetic" for phase in phases)
+    needs_synthetic = takes_synthetic(args.recipe)
     if needs_synthetic != bool(args.synthetic):
         raise folder.InputError("--synthetic", f"{args.recipe} {'needs it' if needs_synthetic else 'takes none'}",
                                 "generate.py writes such a folder")
@@ -326,21 +359,27 @@ def main():
     todo = [seed for seed in args.seeds[shard::shards] if not folder.published(args.out / f"seed{seed}", key)]
     if todo:
         device = pick_device(args.device)
-        images = {"real": Images(args.data, rows["train"], args.load_size, groups)}
+        images = {"real": (real := Images(args.data, rows["train"], args.load_size, groups))}
         if synthetic:
-            images["synthetic"] = Images(args.synthetic, synthetic, args.load_size, groups)
+            images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups)
+        if phases[0].images in ("mixed", "filled"):
+            images[phases[0].images] = real.joined(drawn, phases[0].images == "filled")
         val, test = (Images(args.data, rows[split], args.load_size, groups) for split in ("val", "test"))
     for seed in todo:
-        torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
-        start = time.monotonic()
-        model, log = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last), []
+        start, log = time.monotonic(), []
         for phase in phases:
+            if phase is phases[0] or phase.drawn == "errors upsampled":
+                torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
+                model = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
             if phase.loss == "logistic_regression":
                 best = fit_last_layer(model, val, args, seed)
             else:
                 losses = Losses(images[phase.images], len(groups), args)
                 best = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
-        publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, time.monotonic() - start)
+            if phase.learns == "identification":
+                real.errors = predict(model, real, args.resolution).argmax(1) != real.y
+                print(f"{args.out.name} seed {seed}: {real.errors.sum()} of {len(real)} images to be upsampled")
+        publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, start)
         print(f"{args.out.name} seed {seed}: worst-group accuracy on val {best:.3f}", flush=True)
     if shards == 1:
         for path in args.out.glob("seed*"):
@@ -373,6 +412,9 @@ def parse():
     parser.add_argument("--contrastive", type=rate, default=0.5, help="lambda: weight of the contrastive loss")
     parser.add_argument("--temperature", type=folder.number(float, 1e-6), default=0.1, help="of the contrastive loss")
     parser.add_argument("--dro-step", type=rate, default=0.01, help="step size of Group-DRO's weights (its authors')")
+    parser.add_argument("--dro-adjustment", type=rate, default=0.0, help="C of Group-DRO's generalisation adjustment")
+    parser.add_argument("--jtt-epochs", type=count, default=2, help="of JTT's first model, whose errors are upsampled")
+    parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often JTT's second model sees them an epoch")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--shard", type=folder.shard_of, default="0/1",
                         help="i/n: train every n-th seed, from the i-th")
@@ -385,7 +427,7 @@ def parse():
     return args
 
 
-def publish(path, model, splits, log, args, key, seed, seconds):
+def publish(path, model, splits, log, args, key, seed, start):
     from safetensors.torch import save_file
 
     rows = []
@@ -400,7 +442,7 @@ def publish(path, model, splits, log, args, key, seed, seconds):
                   out / "model.safetensors")
         folder.write_csv(out / "predictions.csv", rows)
         folder.write_csv(out / "log.csv", log)
-        folder.write_config(out, args, key, seed=seed, seconds=round(seconds, 1))
+        folder.write_config(out, args, key, seed=seed, **folder.spent(start))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ import inspect
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from difflib import SequenceMatcher
@@ -314,6 +316,12 @@ def write_config(folder, args, key, **more):
     arguments = json.loads(json.dumps(vars(args), default=str))
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     write_json(Path(folder) / "config.json", {"key": key, "arguments": arguments, "versions": versions, **more})
+
+
+def spent(start):
+    """What a process took since `start`, of time.monotonic(): seconds, and its peak of memory so far in MB."""
+    return {"seconds": round(time.monotonic() - start, 1),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
 def seed_of(*parts):

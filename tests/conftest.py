@@ -1,6 +1,5 @@
 """What the tests share: a tiny base model, a tiny dataset, and running a script as a user does."""
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -53,6 +52,22 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
     return out
 
 
+def new_house(path, base):
+    """A copy of the repository, with the tiny base model and the installed libraries."""
+    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
+    shutil.copytree(base, path / "base" / "miniature")
+    (path / ".venv").symlink_to(ROOT / ".venv")
+    return path
+
+
+def make(house, *args):
+    """Runs make as a user does, and not as a part of the make that runs the tests; returns its stdout."""
+    done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True,
+                          env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def files_of(path, but=("config.json",)):
     """{relative path: bytes} of a folder's files, but for those that tell of their making."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*"))
@@ -66,9 +81,11 @@ def base(tmp_path_factory, request):
     if not made.exists():
         out = tmp_path_factory.mktemp("base") / "tiny"
         run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--out", out)
-        shutil.copytree(out, made.with_name(f"{made.name}-{os.getpid()}"))
-        with contextlib.suppress(OSError):  # another process was faster
-            made.with_name(f"{made.name}-{os.getpid()}").rename(made)
+        copy = shutil.copytree(out, made.with_name(f"{made.name}-{os.getpid()}"))
+        try:
+            copy.rename(made)
+        except OSError:  # another process was faster
+            shutil.rmtree(copy)
     return made
 
 

@@ -4,10 +4,9 @@ import csv
 import os
 import random
 import shutil
-import subprocess
 
 import pytest
-from conftest import ROOT, run
+from conftest import make, new_house, run
 from PIL import Image, ImageDraw
 
 from data import imagefolder as folder
@@ -240,11 +239,7 @@ def test_a_download_that_was_moved_is_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def house(base, tmp_path_factory):
-    house = tmp_path_factory.mktemp("benchmarks") / "house"
-    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
-    shutil.copytree(base, house / "base" / "miniature")
-    (house / ".venv").symlink_to(ROOT / ".venv")
-    return house
+    return new_house(tmp_path_factory.mktemp("benchmarks") / "house", base)
 
 
 NAMES = '--classes cat dog bear bird --attributes land sea sky snow'
@@ -258,13 +253,11 @@ NAMES = '--classes cat dog bear bird --attributes land sea sky snow'
 ), ids=("waterbirds", "celeba", "utkface", "folder"))
 def test_make_runs_all_five_stages(house, tmp_path, dataset, download, method, more):
     root = download(tmp_path / "a download")
-    args = ["make", f"DATASET={dataset}", f"ROOT={root}", f"RECIPES={method}", "BASE=base/miniature", "SEEDS=0",
+    args = [f"DATASET={dataset}", f"ROOT={root}", f"RECIPES={method}", "BASE=base/miniature", "SEEDS=0",
             "CLIP=base/miniature/clip", "IMAGES=3", "EPOCHS=1", "K=2", "MODES=2", "CLUSTER=--min-size 3",
             "LORA=--steps 1", "COMPOSITIONAL=--steps 1 --batch 2", "CLASSIFIER=",
             "GENERATE=--steps 2 --batch 4 --clip-threshold 0", *more]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    done = subprocess.run(args, cwd=house, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    make(house, *args)
     bias = "0.9" if "BIAS=0.9" in more else "natural"
     synthetic = folder.read_metadata(house / "runs" / f"{dataset}-{bias}" / "synthetic" / method)
     groups = folder.group_counts(folder.read_metadata(house / "data" / f"{dataset}-{bias}"))
@@ -273,7 +266,6 @@ def test_make_runs_all_five_stages(house, tmp_path, dataset, download, method, m
     weights = list((house / "runs" / f"{dataset}-{bias}" / "models").rglob("*.safetensors"))
     assert bool(weights) == ("KEEP_WEIGHTS=no" not in more)
     if not weights:  # other images are wanted: the weights are trained again
-        done = subprocess.run([*args, "IMAGES=4"], cwd=house, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        make(house, *args, "IMAGES=4")
         more = folder.read_metadata(house / "runs" / f"{dataset}-{bias}" / "synthetic" / method)
         assert all(row in more for row in synthetic) and len(more) == 16

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import time
 
 import pytest
-from conftest import ROOT, files_of
+from conftest import files_of, new_house
+from conftest import make as run_make
 
 TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
         "DREAMBOOTH=--steps 1 --batch 1", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
@@ -15,19 +15,13 @@ TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1",
 @pytest.fixture(scope="module")
 def house(base, tmp_path_factory):
     """A copy of the repository with everything made, on the tiny base model."""
-    house = tmp_path_factory.mktemp("make") / "house"
-    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
-    shutil.copytree(base, house / "base" / "miniature")
-    (house / ".venv").symlink_to(ROOT / ".venv")
+    house = new_house(tmp_path_factory.mktemp("make") / "house", base)
     assert "| erm |" in make(house)
     return house
 
 
 def make(house, *args):
-    done = subprocess.run(["make", *TINY, *args], cwd=house, capture_output=True, text=True,
-                          env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_make(house, *TINY, *args)
 
 
 def would_run(house, *args):
@@ -38,6 +32,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
+SECONDS = ("config.json", "cost.csv", "results.md", "report.html")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
@@ -51,12 +46,12 @@ def test_a_second_make_runs_nothing_and_takes_less_than_a_second(house):
 
 
 def test_other_clusters_keep_vanilla_and_the_models_of_groups(house):
-    assert would_run(house, "K=3") == ["classifiers/clustered", "clusters", "models/clustered", "results",
-                                       "synthetic/clustered"]
+    assert would_run(house, "K=3") == ["classifiers/clustered", "clusters", "images", "models/clustered",
+                                       "results", "results/report.html", "synthetic/clustered"]
 
 
 def test_other_epochs_run_classifiers_and_evaluation_alone(house):
-    assert would_run(house, "EPOCHS=2") == [*CLASSIFIERS, "results"]
+    assert would_run(house, "EPOCHS=2") == [*CLASSIFIERS, "results", "results/report.html"]
 
 
 def test_more_images_keep_the_models_of_lora(house):
@@ -68,13 +63,14 @@ def test_a_touched_generate_runs_generation_and_what_follows(house):
     stat = (house / "generate.py").stat()
     os.utime(house / "generate.py")
     # vanilla's images are the class images of clustered's prior preservation
-    assert would_run(house) == ["classifiers/clustered", "classifiers/lora", "classifiers/vanilla", "models/clustered",
-                                "results", "synthetic/clustered", "synthetic/lora", "synthetic/vanilla"]
+    assert would_run(house) == ["classifiers/clustered", "classifiers/lora", "classifiers/vanilla", "images",
+                                "models/clustered", "results", "results/report.html", "synthetic/clustered",
+                                "synthetic/lora", "synthetic/vanilla"]
     os.utime(house / "generate.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_another_recipe_runs_that_recipe_alone(house):
-    assert would_run(house, "RECIPES=erm vanilla lora clustered groupdro") == ["classifiers/groupdro", "results"]
+    assert would_run(house, "RECIPES=erm vanilla lora clustered groupdro") == ["classifiers/groupdro", "results", "results/report.html"]
 
 
 def test_shards_and_launch_redo_no_finished_work(house):
@@ -92,12 +88,27 @@ def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
 
 def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
     runs = house / "runs" / "digits-0.95"
-    before = files_of(runs, but=("config.json", "cost.md"))  # these tell seconds
+    before = files_of(runs, but=SECONDS)
     shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: no unit, nothing that says done
     for name in ("models/lora/config.json", "synthetic/lora/config.json", "synthetic/lora/metadata.csv"):
         (runs / name).unlink()
     make(house)
-    assert files_of(runs, but=("config.json", "cost.md")) == before
+    assert files_of(runs, but=SECONDS) == before
+
+
+def test_other_seeds_of_the_models_are_runs_of_their_own_in_one_table(house):
+    before = would_run(house, "MODEL_SEEDS=0 1", "RECIPES=erm lora")
+    assert before == ["classifiers/lora", "images", "models/lora", "results", "results/report.html", "synthetic/lora"]
+    text = make(house, "MODEL_SEEDS=0 1", "RECIPES=erm lora")
+    assert "runs/digits-0.95-seed1/classifiers/lora" in text and "| lora |" in text
+    assert would_run(house, "MODEL_SEEDS=0 1", "RECIPES=erm lora") == []
+    make(house)
+
+
+def test_a_word_with_a_plus_is_a_recipe_on_the_images_of_a_method(house):
+    text = make(house, "-n", "RECIPES=erm filled+lora ffr")
+    assert "--recipe filled --synthetic runs/digits-0.95/synthetic/lora" in text
+    assert "--recipe ffr --synthetic runs/digits-0.95/synthetic/vanilla" in text
 
 
 def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(house):
