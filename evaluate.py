@@ -219,8 +219,9 @@ def markdown_table(columns, rows):
 
 def interval_line(recipe, row, found, seeds):
     """A line of intervals.csv: worst-group accuracy, paired differences, and how many seeds answer with one class."""
-    line = {"recipe": recipe, "collapsed": sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values()),
-            **dict(zip(("worst_group", "low", "high"), (row["worst_group"][0], *found["worst_group"])))}
+    collapsed = sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values())
+    line = {"recipe": recipe, "collapsed": collapsed, "worst_group": row["worst_group"][0],
+            **dict(zip(("low", "high"), found["worst_group"]))}
     for reference in REFERENCES:
         values = found.get(f"vs {reference}", ("", "", ""))
         line |= dict(zip((f"vs_{reference}", f"vs_{reference}_low", f"vs_{reference}_high"), values))
@@ -362,9 +363,9 @@ def main():
         text += "".join(f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers answer with one class "
                         "alone.\n" for line in lines if line["collapsed"])
         if args.images:
-            text += ("\nThe synthetic sets, means over groups: share that was rejected, kernel distance to held-out real "
-                     "images in CLIP space, coverage of them, share too near to a training image (0.01 is chance); "
-                     "shares that show the class and the attribute that they claim.\n\n"
+            text += ("\nThe synthetic sets, means over groups: share that was rejected, kernel distance to held-out "
+                     "real images in CLIP space, coverage of them, share too near to a training image (0.01 is "
+                     "chance); shares that show the class and the attribute that they claim.\n\n"
                      + markdown_table(*read_columns(args.images / "synthetic.csv"))
                      + "\n" + markdown_table(*read_columns(args.images / "cost.csv")))
         if args.latex:

@@ -3,10 +3,10 @@
     python evaluate_images.py --data data/digits-0.95 --synthetic runs/digits-0.95/synthetic/{vanilla,lora} \\
         --clip base/miniature/clip --out runs/digits-0.95/images
 
-In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test), precision,
-recall, density and coverage, and the share that is suspiciously near to a training image. Beside them the real
-training images themselves, as method `real`: what a perfect generator would get. Whether an image is what it claims is
-asked of CLIP, zero-shot, and with --judge of a classifier trained without bias.
+In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test),
+precision, recall, density and coverage, and the share that is suspiciously near to a training image. Beside them the
+real training images themselves, as method `real`: what a perfect generator would get. Whether an image is what it
+claims is asked of CLIP, zero-shot, and with --judge of a classifier trained without bias.
 
 Reads DATA and each SYNTHETIC. Writes OUT/groups.csv (a row a method and group), OUT/synthetic.csv (a row a method),
 OUT/cost.csv (seconds and megabytes a method), OUT/<method>.png (the closest pairs, synthetic above real) and

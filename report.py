@@ -21,7 +21,7 @@ PAGE = Template("""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #222; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } .answer { font-size: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
@@ -123,8 +123,8 @@ def main():
     groups = folder.group_counts(folder.read_metadata(args.data, "train"))
     compared = [name for name in ("vs_erm", "vs_groupdro") if name in rows[0]]
     collapsed = [row["recipe"] for row in rows if int(row["collapsed"])]
-    body = [section("Recipes", "Sorted by worst-group accuracy; in brackets 95 % bootstrap intervals over test images and "
-                    "seeds; the differences are paired, on the same test images.",
+    body = [section("Recipes", "Sorted by worst-group accuracy; in brackets 95 % bootstrap intervals over test images "
+                    "and seeds; the differences are paired, on the same test images.",
                     table(["recipe", "worst-group accuracy", *(name.replace("_", " ") for name in compared)], [
                         [row["recipe"], interval(row, "worst_group", ".3f"),
                          *(interval(row, name, "+.3f") if row[name] else "" for name in compared)] for row in rows]),
@@ -133,12 +133,12 @@ def main():
                     picture(results / "worst_group.png"))]
     if (args.run / "images" / "synthetic.csv").is_file():
         made = read_csv(args.run / "images" / "synthetic.csv")
-        body += [section("Synthetic images", "Means over groups: share rejected, kernel distance to held-out real images "
-                         "in CLIP space, coverage of them, share too near to a training image (0.01 is chance); shares "
-                         "that show what they claim.", table(list(made[0]), [row.values() for row in made]),
+        body += [section("Synthetic images", "Means over groups: share rejected, kernel distance to held-out real "
+                         "images in CLIP space, coverage of them, share too near to a training image (0.01 is chance); "
+                         "shares that show what they claim.", table(list(made[0]), [row.values() for row in made]),
                          picture(results / "images.png")),
-                 section("Closest pairs", "The synthetic images nearest to a training image, above that image: are they "
-                         "copies?", *(f"<h3>{html.escape(row['method'])}</h3>"
+                 section("Closest pairs", "The synthetic images nearest to a training image, above that image: are "
+                         "they copies?", *(f"<h3>{html.escape(row['method'])}</h3>"
                                       + picture(args.run / "images" / f"{row['method']}.png") for row in made))]
     for name, what in (("clusters", "each group"), ("modes", "each class, across its groups")):
         sheets = sorted((args.run / name).glob("*.png"))

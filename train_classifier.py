@@ -30,7 +30,8 @@ from data import imagefolder as folder
 # A recipe is a list of phases: which images, how they are drawn, which loss, which weights learn. "filled" images are
 # the real ones and as many synthetic ones as bring every group to the size of the largest.
 Phase = namedtuple("Phase", "images drawn loss learns")
-ERM, PRETRAINED = (Phase("real", "shuffled", "cross_entropy", "all"), Phase("synthetic", "shuffled", "contrastive", "all"))
+ERM = Phase("real", "shuffled", "cross_entropy", "all")
+PRETRAINED = Phase("synthetic", "shuffled", "contrastive", "all")
 RECIPES = {
     "erm": [ERM],
     "reweight": [Phase("real", "shuffled", "group_weighted", "all")],
@@ -414,7 +415,7 @@ def parse():
     parser.add_argument("--dro-step", type=rate, default=0.01, help="step size of Group-DRO's weights (its authors')")
     parser.add_argument("--dro-adjustment", type=rate, default=0.0, help="C of Group-DRO's generalisation adjustment")
     parser.add_argument("--jtt-epochs", type=count, default=2, help="of JTT's first model, whose errors are upsampled")
-    parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often JTT's second model sees them an epoch")
+    parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often its second one sees them an epoch")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--shard", type=folder.shard_of, default="0/1",
                         help="i/n: train every n-th seed, from the i-th")

@@ -58,6 +58,6 @@ def test_a_synthetic_set_is_measured_and_asked_whether_it_is_what_it_claims(base
 
     run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--seeds", 0, "--epochs", 1, "--out",
         tmp_path / "classifiers" / "erm")
-    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "classifiers" / "erm", "--synthetic", vanilla,
-               "--images", tmp_path / "images", "--out", tmp_path / "results")
+    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "classifiers" / "erm", "--synthetic",
+               vanilla, "--images", tmp_path / "images", "--out", tmp_path / "results")
     assert "| vanilla | 20 | 0.000 |" in text and "| vanilla | 0 |" in text
