@@ -78,8 +78,8 @@ help:
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
-	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS MODEL_SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS PREPARE CLUSTER \
-	  LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN JUDGE LAUNCH,\
+	@$(foreach v,DATASET BIAS SWEEP RECIPES SEEDS MODEL_SEEDS BASE CLIP K MODES IMAGES EPOCHS SHARDS KEEP_WEIGHTS \
+	  PREPARE CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER PRETRAIN JUDGE LAUNCH,\
 	  printf '  %-13s %s\n' '$(v)' '$($(v))';)
 
 clean:
@@ -121,8 +121,8 @@ endef
 
 BASE_FILES = $(if $(filter base/miniature,$(BASE)),base/miniature/config.json,$(wildcard $(BASE)/model_index.json))
 
-# A recipe is a word: of train_classifier.py (erm), a generative method, which is then its two-stage (clustered), or both
-# (filled+clustered). ffr alone learns from vanilla.
+# A recipe is a word: of train_classifier.py (erm), or a generative method, which stands for two-stage on its images
+# (clustered), or one of each (filled+clustered). ffr alone learns from vanilla.
 parts   = $(subst +, ,$(if $(filter ffr ffr-groupdro,$(1)),$(1)+vanilla,$(1)))
 how     = $(or $(filter-out vanilla $(FINETUNED),$(call parts,$(1))),two-stage)
 drawn   = $(filter vanilla $(FINETUNED),$(call parts,$(1)))

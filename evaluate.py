@@ -32,13 +32,6 @@ REFERENCES = ("erm", "groupdro")  # recipes that every other is compared with
 # --------------------------------------------------------------------------------------------- the metrics
 
 
-def group_accuracies(rows):
-    """{group: share of its images whose prediction is y}, sorted by (y, a)."""
-    sizes = folder.group_counts(rows)
-    hits = folder.group_counts(row for row in rows if row["prediction"] == row["y"])
-    return {group: hits.get(group, 0) / size for group, size in sizes.items()}
-
-
 def metrics(accuracies, train_counts):
     """The accuracies of a classifier that need every group.
 
@@ -173,7 +166,7 @@ def tidy_results(predictions, train_counts):
     rows = []
     for recipe, seeds in predictions.items():
         for seed, answers in seeds.items():
-            accuracies = group_accuracies(answers)
+            accuracies = folder.group_accuracies(answers, [row["prediction"] for row in answers])
             rows += [[recipe, seed, "all", *pair] for pair in
                      (metrics(accuracies, train_counts) | fairness(answers, train_counts)).items()]
             rows += [[recipe, seed, group, "accuracy", value] for group, value in accuracies.items()]

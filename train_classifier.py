@@ -258,7 +258,7 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
                      f"images (learning rate {rate:g}, batch {args.batch})")
         schedule.step()
         answers = model.last_layer(val_features).cpu() if last_layer else predict(model, val, args.resolution)
-        accuracies = group_accuracies(answers.argmax(1), val)
+        accuracies = folder.group_accuracies(val.rows, answers.argmax(1).tolist())
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(min(accuracies.values()), 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
@@ -326,14 +326,6 @@ def features_of(model, images, size):
 def predict(model, images, size):
     """Class probabilities (N, C) on the CPU."""
     return model.last_layer(features_of(model, images, size)).softmax(1).cpu()
-
-
-def group_accuracies(predictions, images):
-    """{group: share of its images that are classified rightly}."""
-    right = {}
-    for row, prediction in zip(images.rows, predictions.tolist()):
-        right.setdefault(folder.group_of(row), []).append(prediction == row["y"])
-    return {group: sum(hits) / len(hits) for group, hits in sorted(right.items())}
 
 
 # ------------------------------------------------------------------------------------------------ the stage
@@ -415,7 +407,7 @@ def parse():
     parser.add_argument("--dro-step", type=rate, default=0.01, help="step size of Group-DRO's weights (its authors')")
     parser.add_argument("--dro-adjustment", type=rate, default=0.0, help="C of Group-DRO's generalisation adjustment")
     parser.add_argument("--jtt-epochs", type=count, default=2, help="of JTT's first model, whose errors are upsampled")
-    parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often its second one sees them an epoch")
+    parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often its second sees each an epoch")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
     parser.add_argument("--shard", type=folder.shard_of, default="0/1",
                         help="i/n: train every n-th seed, from the i-th")

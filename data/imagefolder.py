@@ -182,6 +182,12 @@ def group_counts(rows):
     return {group_name(y, a): counts[y, a] for y, a in sorted(counts)}
 
 
+def group_accuracies(rows, predictions):
+    """{group: share of its rows whose prediction, an int each, is y}, sorted by (y, a)."""
+    hits = group_counts(row for row, prediction in zip(rows, predictions) if prediction == row["y"])
+    return {group: hits.get(group, 0) / size for group, size in group_counts(rows).items()}
+
+
 def group_prompts(rows):
     """{group: its prompt}, sorted by (y, a). Raises InputError where a group's captions differ."""
     prompts = {}

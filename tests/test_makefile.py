@@ -70,7 +70,8 @@ def test_a_touched_generate_runs_generation_and_what_follows(house):
 
 
 def test_another_recipe_runs_that_recipe_alone(house):
-    assert would_run(house, "RECIPES=erm vanilla lora clustered groupdro") == ["classifiers/groupdro", "results", "results/report.html"]
+    assert would_run(house, "RECIPES=erm vanilla lora clustered groupdro") == [
+        "classifiers/groupdro", "results", "results/report.html"]
 
 
 def test_shards_and_launch_redo_no_finished_work(house):
