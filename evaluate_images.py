@@ -159,7 +159,7 @@ def group_rows(method, rows, embeddings, real, counts):
                 **precision_recall_density_coverage(points, held_out), "too_near": None}
         if method != "real" and len(train) and len(held_out):
             line["too_near"] = too_near(points, train, held_out)[0]
-        table.append({key: f"{value:.4f}" if isinstance(value, float) else "" if value is None else value
+        table.append({key: f"{value:.5f}" if isinstance(value, float) else "" if value is None else value
                       for key, value in line.items()})
     return table
 
@@ -225,7 +225,8 @@ def main():
             if args.judge:
                 line |= {"judge_class": judged_class(rows, source, args.judge),
                          "judge_colour": judged_attribute(rows, source, colours)}
-            table.append({key: f"{value:.3f}" if isinstance(value, float) else value for key, value in line.items()})
+            table.append({key: f"{value:.{4 if key == 'kid' else 3}f}" if isinstance(value, float) else value
+                          for key, value in line.items()})
             save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data, *real["train"])
         folder.write_csv(out / "groups.csv", groups)
         folder.write_csv(out / "synthetic.csv", table, list(dict.fromkeys(key for line in table for key in line)))

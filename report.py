@@ -25,7 +25,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; pad
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } .answer { font-size: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
-img { max-width: 100%; image-rendering: pixelated } pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }
+img { max-width: 100% } .wide img { max-width: none } pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }
 .bad { color: #b00020 }
 </style>
 <h1>$title</h1>
@@ -49,7 +49,7 @@ def answer(rows):
             text.append(f"Against {reference} that is {interval(best, f'vs_{reference}', '+.3f')}, {verdict}.")
     ties = [row["recipe"] for row in rows[1:] if float(row["high"]) >= float(best["worst_group"])]
     if ties:
-        text.append(f"Within whose intervals it lies as well: {', '.join(ties)}.")
+        text.append(f"Their intervals hold it as well: {', '.join(ties)}.")
     return " ".join(text)
 
 
@@ -68,10 +68,11 @@ def table(columns, rows):
     return f'<div class="wide"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
-def picture(path):
-    """An image of a run, inside the page."""
+def picture(path, wide=True):
+    """An image of a run, inside the page; a wide one keeps its size and is scrolled."""
     text = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{text}"></figure>'
+    return (f'<div{" class=wide" * wide}><img alt="{html.escape(path.stem)}" '
+            f'src="data:image/png;base64,{text}"></div>')
 
 
 def section(title, note, *pieces):
@@ -130,7 +131,7 @@ def main():
                          *(interval(row, name, "+.3f") if row[name] else "" for name in compared)] for row in rows]),
                     *([f'<p class="bad">Collapsed, a seed or more answers with one class alone: '
                        f'{html.escape(", ".join(collapsed))}</p>'] if collapsed else []),
-                    picture(results / "worst_group.png"))]
+                    picture(results / "worst_group.png", wide=False))]
     if (args.run / "images" / "synthetic.csv").is_file():
         made = read_csv(args.run / "images" / "synthetic.csv")
         body += [section("Synthetic images", "Means over groups: share rejected, kernel distance to held-out real "
@@ -149,7 +150,7 @@ def main():
                      table(["stage", "parts", "seconds", "peak memory, MB"], costs(args.run))),
              section("Settings", "", f"<pre>{html.escape(settings(args.run))}</pre>")]
     page = PAGE.substitute(title=html.escape(f"Clustered DreamBooth: {args.run.name}"), body="\n".join(body),
-                           groups=html.escape(", ".join(f"{group} {n}" for group, n in groups.items())),
+                           groups=html.escape(", ".join(f"{group}: {n}" for group, n in groups.items())),
                            answer=html.escape(answer(rows)))
     with folder.replacing(args.out) as hidden:
         hidden.write_text(page, encoding="utf-8")
