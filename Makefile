@@ -50,17 +50,29 @@ SEED    = --seed $(firstword $(MODEL_SEEDS))
 PYTHON ?= python3
 PY      = .venv/bin/python
 
+# Two makes on one run would write the same files: the first leaves its process id, the second is refused while it lives.
+LOCK = $(RUN)/.make.pid
+ifeq ($(MAKELEVEL)$(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),0)
+ifeq ($(filter help test test_% clean .venv/installed,$(MAKECMDGOALS)),)
+HOLDER := $(shell mkdir -p $(RUN); kill -0 "$$(cat $(LOCK) 2>/dev/null)" 2>/dev/null || rm -f $(LOCK); \
+	(set -C; echo $$PPID > $(LOCK)) 2>/dev/null; grep -vx $$PPID $(LOCK))
+$(if $(HOLDER),$(error another make (process $(HOLDER)) is at work on $(RUN): wait for it, or stop it))
+endif
+endif
+
 .PHONY: all sweep each-bias test help clean FORCE
 .DELETE_ON_ERROR:
 
 all: $(RUN)/results/report.html
 	@cat $(RUN)/results/results.md
+	@rm -f $(LOCK)
 	@echo "Report: $(RUN)/results/report.html"
 	@echo "Pictures: $(RUN)/results/*.png $(RUN)/images/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
 
 # Worst-group accuracy against bias: make sweep, or make sweep BIAS="0.9 0.99".
 sweep: each-bias
 	$(PY) evaluate.py --sweep $(SWEEP:%=runs/$(DATASET)-%/results) --out runs/$(DATASET)-sweep
+	@rm -f $(LOCK)
 
 each-bias:
 	$(foreach b,$(SWEEP),+@$(MAKE) --no-print-directory BIAS=$(b) runs/$(DATASET)-$(b)/results/config.json$(newline)	)

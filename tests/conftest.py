@@ -60,10 +60,14 @@ def new_house(path, base):
     return path
 
 
+def environment():
+    """That of a shell: without what the make that runs the tests left in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+
 def make(house, *args):
     """Runs make as a user does, and not as a part of the make that runs the tests; returns its stdout."""
-    done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True,
-                          env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")})
+    done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

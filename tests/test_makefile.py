@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import subprocess
 import time
 
 import pytest
-from conftest import files_of, new_house
+from conftest import environment, files_of, new_house
 from conftest import make as run_make
 
 TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
@@ -32,7 +33,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
-SECONDS = ("config.json", "cost.csv", "results.md", "report.html")  # these tell how long things took
+SECONDS = (".make.pid", "config.json", "cost.csv", "results.md", "report.html")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
@@ -118,6 +119,15 @@ def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(hous
         assert f"data/prepare.py digits --bias {bias} --out data/digits-{bias}" in text
     assert "evaluate.py --sweep runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
     assert not (house / "data" / "digits-0.9").exists()
+
+
+def test_a_second_make_is_refused_while_the_first_lives_and_not_after(house):
+    with subprocess.Popen(["sleep", "60"]) as first:
+        (house / "runs" / "digits-0.95" / ".make.pid").write_text(f"{first.pid}\n")
+        done = subprocess.run(["make", *TINY], cwd=house, capture_output=True, text=True, env=environment())
+        first.kill()
+    assert done.returncode == 2 and f"another make (process {first.pid}) is at work on runs/digits-0.95" in done.stderr
+    assert "| erm |" in make(house) and not (house / "runs" / "digits-0.95" / ".make.pid").exists()
 
 
 def test_help_shows_the_settings_and_their_values(house):
