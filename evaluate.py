@@ -7,12 +7,12 @@
 Reads the predictions of train_classifier.py, one folder a recipe (of several runs, where their models have other
 seeds), and what evaluate_images.py says of the synthetic images.
 Writes OUT/results.csv (tidy: recipe, seed, group, metric, value), OUT/results.md (best worst group first, with
-95 % bootstrap intervals and the differences from erm and groupdro on the same test images), OUT/intervals.csv,
-OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and OUT/config.json; prints the tables.
+95 % bootstrap intervals and the differences from erm and groupdro on the same test images), OUT/cost.md (of the
+synthetic images), OUT/intervals.csv, OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and
+OUT/config.json; prints the tables.
 With --sweep, the results of several biases side by side: OUT/sweep.csv, OUT/sweep.md, OUT/sweep.png.
 """
 
-import csv
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,7 +27,10 @@ METRICS = {
     "equalised_odds": "equalised-odds difference",
     "demographic_parity": "demographic-parity difference",
 }
-REFERENCES = ("erm", "groupdro")  # recipes that every other is compared with
+MEASURES = (  # of the synthetic sets, in evaluate_images.py's synthetic.csv
+    "Means over groups: share of the drawn images that was rejected, kernel distance to held-out real images in CLIP "
+    "space, coverage of them, share too near to a training image (0.01 is chance); shares that show the class and the "
+    "attribute that they claim.")
 
 # --------------------------------------------------------------------------------------------- the metrics
 
@@ -57,9 +60,7 @@ def fairness(rows, train_counts):
     equalized_odds_difference and demographic_parity_difference (Hardt et al. 2016).
     """
     attributes, classes = (sorted({row[label] for row in rows}) for label in "ay")
-    trained = {a: sum(n for group, n in train_counts.items() if group.endswith(f"-a{a}")) for a in attributes}
-    tied = {y: max(attributes, key=lambda a: train_counts.get(folder.group_name(y, a), 0) / max(1, trained[a]))
-            for y in classes}
+    tied = {y: folder.tied_attribute(train_counts, y) for y in classes}
     conflicting = [row["prediction"] == row["y"] for row in rows if row["a"] != tied[row["y"]]]
 
     def difference_of_rates(rows):
@@ -92,10 +93,10 @@ def bootstrap_worst_group(right, members, draws, rng, runs=None):
     return np.take_along_axis(worst, seeds, axis=0).mean(0)
 
 
-def intervals(predictions, table, draws=2000):
+def intervals(predictions, table, references, draws=2000):
     """{recipe: {"worst_group": (low, high), "vs erm": (difference, low, high), ...}}, all of 95 %.
 
-    predictions: {recipe: {seed: rows}}; table: of summary. A difference is this recipe's worst-group accuracy less the
+    predictions: {recipe: {seed: rows}}; table: of summary; references: recipes that the others are compared with. A difference is this recipe's worst-group accuracy less the
     reference's.
     """
     import numpy as np
@@ -110,7 +111,7 @@ def intervals(predictions, table, draws=2000):
                for recipe, hits in right.items()}
     found = {recipe: {"worst_group": tuple(np.quantile(values, (0.025, 0.975)))} for recipe, values in samples.items()}
     for recipe in found:
-        for reference in REFERENCES:
+        for reference in references:
             if reference in samples and reference != recipe:
                 low, high = np.quantile(samples[recipe] - samples[reference], (0.025, 0.975))
                 apart = table[recipe]["worst_group"][0] - table[reference]["worst_group"][0]
@@ -121,11 +122,10 @@ def intervals(predictions, table, draws=2000):
 def read_predictions(path, split):
     """The rows of one split of a predictions.csv, labels as int."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [dict(row, y=int(row["y"]), a=int(row["a"]), prediction=int(row["prediction"]))
-                    for row in csv.DictReader(file) if row["split"] == split]
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
-        raise folder.InputError(path, f"can't be read: {error}", "train this recipe again") from None
+        rows = [dict(row, y=int(row["y"]), a=int(row["a"]), prediction=int(row["prediction"]))
+                for row in folder.read_rows(path, "train this recipe again") if row["split"] == split]
+    except (KeyError, ValueError, TypeError) as error:
+        raise folder.InputError(path, f"can't be read: {error!r}", "train this recipe again") from None
     if not rows:
         raise folder.InputError(path, f"no predictions for split {split}", "train this recipe again")
     return rows
@@ -176,8 +176,8 @@ def tidy_results(predictions, train_counts):
             for recipe, seed, group, metric, value in rows]
 
 
-def summary(results):
-    """{recipe: {metric or group: (mean, deviation)}}, the best worst-group accuracy first.
+def summary(results, keep_order=False):
+    """{recipe: {metric or group: (mean, deviation)}}, the best worst-group accuracy first, or in the order of results.
 
     The deviation is that of runs, each the mean of its seeds; of seeds, where there is but one run.
     """
@@ -192,17 +192,7 @@ def summary(results):
         for column, runs in columns.items():
             several = [mean(seeds) for seeds in runs.values()] if len(runs) > 1 else next(iter(runs.values()))
             table.setdefault(recipe, {})[column] = (mean(several), stdev(several) if len(several) > 1 else 0.0)
-    return dict(sorted(table.items(), key=lambda item: -item[1]["worst_group"][0]))
-
-
-def read_columns(path):
-    """(column names, rows) of a csv of evaluate_images.py."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            columns, *rows = csv.reader(file, strict=True)
-    except (OSError, ValueError, csv.Error) as error:
-        raise folder.InputError(path, f"can't be read: {error}", "run evaluate_images.py") from None
-    return columns, rows
+    return table if keep_order else dict(sorted(table.items(), key=lambda item: -item[1]["worst_group"][0]))
 
 
 def markdown_table(columns, rows):
@@ -210,12 +200,18 @@ def markdown_table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def interval_line(recipe, row, found, seeds):
+def markdown_of(path):
+    """A csv of evaluate_images.py as a table."""
+    rows = folder.read_rows(path, "run evaluate_images.py")
+    return markdown_table(list(rows[0]), [row.values() for row in rows])
+
+
+def interval_line(recipe, row, found, seeds, references):
     """A line of intervals.csv: worst-group accuracy, paired differences, and how many seeds answer with one class."""
     collapsed = sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values())
     line = {"recipe": recipe, "collapsed": collapsed, "worst_group": row["worst_group"][0],
             **dict(zip(("low", "high"), found["worst_group"]))}
-    for reference in REFERENCES:
+    for reference in references:
         values = found.get(f"vs {reference}", ("", "", ""))
         line |= dict(zip((f"vs_{reference}", f"vs_{reference}_low", f"vs_{reference}_high"), values))
     return {key: f"{value:.6f}" if isinstance(value, float) else value for key, value in line.items()}
@@ -231,13 +227,21 @@ def latex(table, found):
                       r"\bottomrule", r"\end{tabular}", ""]).replace("_", r"\_")
 
 
-def markdown(table, found, sizes, split):
-    """The two tables of results.md. sizes: {group: images of the split}."""
-    compared = [column for column in (f"vs {reference}" for reference in REFERENCES)
+def over_what(predictions):
+    """What means and deviations are over: `3 seeds`, or `1 or 3 runs (the mean of a run's seeds)`."""
+    seeds = {len(seeds) for seeds in predictions.values()}
+    runs = {len(set(map(run_of, seeds))) for seeds in predictions.values()}
+    if runs == {1}:
+        return " or ".join(map(str, sorted(seeds))) + " seeds"
+    return " or ".join(map(str, sorted(runs))) + " runs with other models (of one run: over its seeds)"
+
+
+def markdown(table, found, sizes, args, over):
+    """The two tables of results.md. sizes: {group: images of the split}; over: of over_what."""
+    compared = [column for column in (f"vs {reference}" for reference in args.references)
                 if any(column in row for row in found.values())]
-    text = (f"Accuracy on {split}, mean ± standard deviation over seeds (over runs, where several with other models "
-            "were given), in brackets 95 % bootstrap intervals over test images and seeds or runs; bold: a difference "
-            "that leaves zero.\n\n")
+    text = (f"Accuracy on {args.split}, mean ± standard deviation over {over}, in brackets 95 % bootstrap intervals "
+            f"over {args.split} images and seeds or runs; bold: a difference that leaves zero.\n\n")
     text += markdown_table(["recipe", "worst-group accuracy", "interval", *compared], [
         [recipe, f"{row['worst_group'][0]:.3f} ± {row['worst_group'][1]:.3f}", "[{:.3f}, {:.3f}]".format(
             *found[recipe]["worst_group"]), *(difference(found[recipe].get(column)) for column in compared)]
@@ -301,13 +305,8 @@ def sweep(args):
     values = {}
     for results in args.sweep:
         bias = results.parent.name.rsplit("-", 1)[-1]
-        path = results / "intervals.csv"
-        if not path.is_file():
-            raise folder.InputError(path, "no such file", "run evaluate.py for this bias first")
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                numbers = [float(row[name]) for name in ("worst_group", "low", "high")]
-                values.setdefault(row["recipe"], {})[bias] = numbers
+        for row in folder.read_rows(results / "intervals.csv", "run evaluate.py for this bias first"):
+            values.setdefault(row["recipe"], {})[bias] = [float(row[name]) for name in ("worst_group", "low", "high")]
     biases = sorted({bias for row in values.values() for bias in row}, key=lambda text: (text == "natural", text))
     values = dict(sorted(values.items(), key=lambda item: -mean(value[0] for value in item[1].values())))
     with folder.replacing(args.out) as out:
@@ -344,30 +343,30 @@ def main():
         return sweep(args)
     predictions = read_recipes(args)
     results = tidy_results(predictions, folder.group_counts(folder.read_metadata(args.data, "train")))
-    table = summary(results)
-    found = intervals(predictions, table)
+    table = summary(results, args.keep_order)
+    found = intervals(predictions, table, args.references)
     first = next(iter(next(iter(predictions.values())).values()))
     with folder.replacing(args.out) as out:
         out.mkdir()
         folder.write_csv(out / "results.csv", results)
-        lines = [interval_line(recipe, table[recipe], found[recipe], predictions[recipe]) for recipe in table]
-        folder.write_csv(out / "intervals.csv", lines, list(max(lines, key=len)))
-        text = markdown(table, found, folder.group_counts(first), args.split)
+        lines = [interval_line(recipe, table[recipe], found[recipe], predictions[recipe], args.references)
+                 for recipe in table]
+        folder.write_csv(out / "intervals.csv", lines)
+        text = markdown(table, found, folder.group_counts(first), args, over_what(predictions))
         text += "".join(f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers answer with one class "
                         "alone.\n" for line in lines if line["collapsed"])
         if args.images:
-            text += ("\nThe synthetic sets, means over groups: share that was rejected, kernel distance to held-out "
-                     "real images in CLIP space, coverage of them, share too near to a training image (0.01 is "
-                     "chance); shares that show the class and the attribute that they claim.\n\n"
-                     + markdown_table(*read_columns(args.images / "synthetic.csv"))
-                     + "\n" + markdown_table(*read_columns(args.images / "cost.csv")))
+            text += f"\nThe synthetic sets. {MEASURES}\n\n{markdown_of(args.images / 'synthetic.csv')}"
+            (out / "cost.md").write_text(markdown_of(args.images / "cost.csv"), encoding="utf-8")
         if args.latex:
             (out / "results.tex").write_text(latex(table, found), encoding="utf-8")
         (out / "results.md").write_text(text, encoding="utf-8")
         save_figure(out / "worst_group.png", table, found)
         save_images(out / "images.png", args)
         folder.write_config(out, args, folder.digest(results))
-    print((args.out / "results.md").read_text(encoding="utf-8"))
+    for path in (args.out / "results.md", args.out / "cost.md"):
+        if path.is_file():
+            print(path.read_text(encoding="utf-8"))
     print(f"Pictures: {args.out}/worst_group.png, {args.out}/images.png", *(f"{s}/*.png" for s in args.synthetic),
           sep=", ")
 
@@ -378,6 +377,10 @@ def parse():
     parser.add_argument("--classifiers", type=Path, nargs="+", help="OUTs of train_classifier.py")
     parser.add_argument("--synthetic", type=Path, nargs="*", default=[], help="OUTs of generate.py to show")
     parser.add_argument("--images", type=Path, help="OUT of evaluate_images.py for them")
+    parser.add_argument("--references", nargs="+", default=["erm", "groupdro"], metavar="RECIPE",
+                        help="recipes that the others are compared with")
+    parser.add_argument("--keep-order", action=folder.Flag, default=False,
+                        help="show recipes in the order given, not the best worst group first")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: for choosing settings")
     parser.add_argument("--latex", action=folder.Flag, default=False, help="write results.tex as well")
     parser.add_argument("--sweep", type=Path, nargs="+", help="OUTs of this script, one a bias, to put side by side")

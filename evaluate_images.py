@@ -79,35 +79,44 @@ def too_near(synthetic, train, held_out):
 # ------------------------------------------------------------------------------ is an image what it claims to be
 
 
-def claims(rows, source, prompts, clip):
+def claims(rows, embeddings, prompts):
     """Shares of a synthetic set's images whose class, and whose attribute, CLIP tells as claimed, zero-shot.
 
-    prompts: {group: prompt}. CLIP is asked which group's prompt an image shows; its class is right if that group's is.
+    prompts: {group: embedding of its prompt}. CLIP is asked which group's prompt an image is nearest to; its class is
+    right if that group's is.
     """
-    right = {"class": 0, "attribute": 0}
-    for i in range(0, len(rows), 256):
-        part = rows[i:i + 256]
-        answers = clip.zero_shot([folder.load_image(source / row["file_name"], clip.size) for row in part],
-                                 list(prompts.values())).argmax(1).tolist()
-        for row, answer in zip(part, answers):
-            y, a = list(prompts)[answer].split("-")
-            right["class"] += y == f"y{row['y']}"
-            right["attribute"] += a == f"a{row['a']}"
-    return {f"clip_{name}": count / len(rows) for name, count in right.items()}
+    import numpy as np
+
+    labels = np.array([folder.labels_of(group) for group in prompts])
+    answers = labels[(embeddings @ np.stack(list(prompts.values())).T).argmax(1)]
+    right = answers == [(row["y"], row["a"]) for row in rows]
+    return dict(zip(("clip_class", "clip_attribute"), right.mean(0).tolist()))
+
+
+def load_judge(path):
+    """(classifier, pixels a side that it sees) of an OUT/seed<k> of train_classifier.py, trained without bias."""
+    from safetensors.torch import load_file
+
+    from train_classifier import Classifier
+
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))["arguments"]
+        weights = load_file(path / "model.safetensors")
+        model = Classifier(settings["arch"], "none", len(weights["last_layer.bias"]))
+        model.load_state_dict(weights)
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, RuntimeError of wrong shapes
+        raise folder.InputError(f"--judge {path}", f"can't be loaded: {str(error).splitlines()[0]}",
+                                "give a seed<k> of train_classifier.py's OUT") from None
+    return model, settings["resolution"]
 
 
 def judged_class(rows, source, judge):
-    """Share of images whose class a classifier tells as claimed; judge: its OUT/seed<k>, trained without bias."""
-    from safetensors.torch import load_file
+    """Share of images whose class the judge, of load_judge, tells as claimed."""
+    from train_classifier import Images, predict
 
-    from train_classifier import Classifier, Images, predict
-
-    settings = json.loads((judge / "config.json").read_text(encoding="utf-8"))["arguments"]
-    weights = load_file(judge / "model.safetensors")
-    model = Classifier(settings["arch"], "none", len(weights["last_layer.bias"]))
-    model.load_state_dict(weights)
-    images = Images(source, rows, settings["resolution"], list(folder.group_counts(rows)))
-    return (predict(model, images, settings["resolution"]).argmax(1) == images.y).float().mean().item()
+    model, size = judge
+    images = Images(source, rows, size, list(folder.group_counts(rows)))
+    return (predict(model, images, size).argmax(1) == images.y).float().mean().item()
 
 
 def mean_colour(path):
@@ -142,14 +151,10 @@ def group_rows(method, rows, embeddings, real, counts):
 
     real: {"train" or "held-out": (rows, embeddings)}; counts: of generate.py, how many candidates got which verdict.
     """
-    def of(group, split):
-        members, points = real[split]
-        return points[[i for i, row in enumerate(members) if folder.group_of(row) == group]]
-
     table = []
     for group, size in folder.group_counts(rows).items():
-        points = embeddings[[i for i, row in enumerate(rows) if folder.group_of(row) == group]]
-        held_out, train = of(group, "held-out"), of(group, "train")
+        points, held_out, train = (part[folder.members_of(group, of)] for of, part in (
+            (rows, embeddings), real["held-out"], real["train"]))
         tried = [verdicts for unit, verdicts in counts.items() if unit == group or unit.startswith(f"{group}-")]
         total = sum(sum(verdicts.values()) for verdicts in tried)
         line = {"method": method, "group": group, "images": size,
@@ -168,7 +173,7 @@ def save_closest(path, rows, source, embeddings, data, train, train_embeddings):
     """A sheet of the 12 pairs a group that lie nearest: synthetic images, and below each its nearest training image."""
     lines, labels = [], []
     for group in folder.group_counts(rows):
-        mine, theirs = ([i for i, row in enumerate(part) if folder.group_of(row) == group] for part in (rows, train))
+        mine, theirs = (folder.members_of(group, part) for part in (rows, train))
         if not theirs:
             continue
         apart = distances(embeddings[mine], train_embeddings[theirs])
@@ -205,7 +210,9 @@ def main():
     everything = folder.read_metadata(args.data)
     prompts = folder.group_prompts(everything)
     sets = {source: folder.read_metadata(source, "train") for source in args.synthetic}
+    judge = load_judge(args.judge) if args.judge else None
     clip = Clip(args.clip, pick_device(args.device))
+    prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
     real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
             for name in ("train", "held-out")}
     real = {name: (rows, embed_images(clip, args.data, rows, args.batch).astype(float)) for name, rows in real.items()}
@@ -221,9 +228,9 @@ def main():
             line = {"method": source.name, "images": len(rows)}
             line |= {name: mean(float(row[name]) for row in mine if row[name] != "")
                      for name in ("rejected", "kid", "coverage", "too_near") if any(row[name] != "" for row in mine)}
-            line |= claims(rows, source, prompts, clip)
-            if args.judge:
-                line |= {"judge_class": judged_class(rows, source, args.judge),
+            line |= claims(rows, embeddings, prompts)
+            if judge:
+                line |= {"judge_class": judged_class(rows, source, judge),
                          "judge_colour": judged_attribute(rows, source, colours)}
             table.append({key: f"{value:.{4 if key == 'kid' else 3}f}" if isinstance(value, float) else value
                           for key, value in line.items()})

@@ -146,7 +146,7 @@ def draws_of(prompts, models, args):
             raise folder.InputError(config, "is not of finetune.py", "fine-tune again") from None
     draws, parts = [], folder.prompt_parts(prompts)
     for group, text in prompts.items():
-        y, a = labels_of(group)
+        y, a = folder.labels_of(group)
         of_class, of_attribute = parts[group]
         mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         if models and not mine:
@@ -158,11 +158,6 @@ def draws_of(prompts, models, args):
                    "folder": draw["unit"] and Path(models) / draw["unit"], "key": draw["key"], "share": share}
                   for draw, share in zip(mine, shares)]
     return draws
-
-
-def labels_of(group):
-    """`y0-a1` -> (0, 1)."""
-    return tuple(int(part[1:]) for part in group.split("-"))
 
 
 def dataset_prompts(data):
@@ -207,13 +202,9 @@ def load_unit(pipe, weights):
 
 
 def read_candidates(out):
-    import csv
-
     path = out / "candidates.csv"
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [dict(row, index=int(row["index"])) for row in csv.DictReader(file)]
+    rows = folder.read_rows(path, "remove its folder, to draw it again") if path.is_file() else []
+    return [dict(row, index=int(row["index"])) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------ the stage
@@ -304,7 +295,7 @@ def publish(draws, prompts, made_by, args):
             folder.remove(path)
     rows, counts = [], {}
     for draw in draws:
-        y, a = labels_of(draw["group"])
+        y, a = folder.labels_of(draw["group"])
         candidates = read_candidates(args.out / draw["name"])
         kept = [row for row in candidates if row["verdict"] == "kept"][:draw["share"]]
         tried = [row["verdict"] for row in candidates[:kept[-1]["index"] + 1]] if kept else []

@@ -2,18 +2,18 @@
 
     python report.py --run runs/digits-0.95 --data data/digits-0.95 --out runs/digits-0.95/results/report.html
 
-Reads what the other stages left in RUN: results/, images/, clusters/ and every config.json. Writes the one file OUT,
+Reads what the other stages left in RUN: results/, images/, ablations/, clusters/ and every config.json. Writes the one file OUT,
 which opens from disk without a network; every text in it is escaped.
 """
 
 import base64
-import csv
 import html
 import json
 from pathlib import Path
 from string import Template
 
 from data import imagefolder as folder
+from evaluate import MEASURES
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -68,6 +68,14 @@ def table(columns, rows):
     return f'<div class="wide"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
+def recipes_table(rows):
+    """The rows of an intervals.csv: worst-group accuracy, and the difference from each reference that is there."""
+    compared = [name for name in rows[0] if f"{name}_low" in rows[0] and any(row[name] for row in rows)]
+    return table(["recipe", "worst-group accuracy", *(name.replace("_", " ") for name in compared)], [
+        [row["recipe"], interval(row, "worst_group", ".3f"),
+         *(interval(row, name, "+.3f") if row[name] else "" for name in compared)] for row in rows])
+
+
 def picture(path, wide=True):
     """An image of a run, inside the page; a wide one keeps its size and is scrolled."""
     text = base64.b64encode(path.read_bytes()).decode()
@@ -77,14 +85,6 @@ def picture(path, wide=True):
 
 def section(title, note, *pieces):
     return f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>" + "".join(pieces)
-
-
-def read_csv(path):
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise folder.InputError(path, f"can't be read: {error}", "run evaluate.py for this run first") from None
 
 
 def costs(run):
@@ -120,27 +120,28 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="real images: folder in the one format")
     parser.add_argument("--out", type=Path, required=True, help="html file to write")
     args = parser.parse_args()
-    rows, results = read_csv(args.run / "results" / "intervals.csv"), args.run / "results"
+    results, todo = args.run / "results", "run evaluate_images.py and evaluate.py for this run first"
+    rows = folder.read_rows(results / "intervals.csv", todo)
     groups = folder.group_counts(folder.read_metadata(args.data, "train"))
-    compared = [name for name in ("vs_erm", "vs_groupdro") if name in rows[0]]
     collapsed = [row["recipe"] for row in rows if int(row["collapsed"])]
     body = [section("Recipes", "Sorted by worst-group accuracy; in brackets 95 % bootstrap intervals over test images "
                     "and seeds; the differences are paired, on the same test images.",
-                    table(["recipe", "worst-group accuracy", *(name.replace("_", " ") for name in compared)], [
-                        [row["recipe"], interval(row, "worst_group", ".3f"),
-                         *(interval(row, name, "+.3f") if row[name] else "" for name in compared)] for row in rows]),
+                    recipes_table(rows),
                     *([f'<p class="bad">Collapsed, a seed or more answers with one class alone: '
                        f'{html.escape(", ".join(collapsed))}</p>'] if collapsed else []),
                     picture(results / "worst_group.png", wide=False))]
     if (args.run / "images" / "synthetic.csv").is_file():
-        made = read_csv(args.run / "images" / "synthetic.csv")
-        body += [section("Synthetic images", "Means over groups: share rejected, kernel distance to held-out real "
-                         "images in CLIP space, coverage of them, share too near to a training image (0.01 is chance); "
-                         "shares that show what they claim.", table(list(made[0]), [row.values() for row in made]),
+        made = folder.read_rows(args.run / "images" / "synthetic.csv", todo)
+        body += [section("Synthetic images", MEASURES, table(list(made[0]), [row.values() for row in made]),
                          picture(results / "images.png")),
                  section("Closest pairs", "The synthetic images nearest to a training image, above that image: are "
                          "they copies?", *(f"<h3>{html.escape(row['method'])}</h3>"
                                       + picture(args.run / "images" / f"{row['method']}.png") for row in made))]
+    ablations = sorted(path.parent for path in (args.run / "ablations").glob("*/intervals.csv"))
+    if ablations:
+        body.append(section("Ablations", "Worst-group accuracy of clustered with one setting changed.", *(
+            f"<h3>{html.escape(path.name)}</h3>" + recipes_table(folder.read_rows(path / "intervals.csv", todo))
+            + picture(path / "worst_group.png", wide=False) for path in ablations)))
     for name, what in (("clusters", "each group"), ("modes", "each class, across its groups")):
         sheets = sorted((args.run / name).glob("*.png"))
         if sheets:

@@ -122,6 +122,16 @@ def group_of(row):
     return group_name(row["y"], row["a"])
 
 
+def labels_of(group):
+    """`y0-a1` -> (0, 1)."""
+    return tuple(int(part[1:]) for part in group.split("-"))
+
+
+def members_of(group, rows):
+    """Where the rows of a group stand: a list of indices."""
+    return [i for i, row in enumerate(rows) if group_of(row) == group]
+
+
 def read_metadata(folder, split=None):
     """Reads and checks folder/metadata.csv.
 
@@ -182,6 +192,14 @@ def group_counts(rows):
     return {group_name(y, a): counts[y, a] for y, a in sorted(counts)}
 
 
+def tied_attribute(counts, y):
+    """The attribute that is most over-represented in class y: the greatest P(a | y) / P(a); counts: {group: images}."""
+    with_a = Counter()
+    for group, count in counts.items():
+        with_a[labels_of(group)[1]] += count
+    return max(sorted(with_a), key=lambda a: counts.get(group_name(y, a), 0) / with_a[a], default=None)
+
+
 def group_accuracies(rows, predictions):
     """{group: share of its rows whose prediction, an int each, is y}, sorted by (y, a)."""
     hits = group_counts(row for row, prediction in zip(rows, predictions) if prediction == row["y"])
@@ -231,6 +249,15 @@ def load_image(path, size):
             return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(path, f"can't be read as an image: {error}", "replace or remove it") from None
+
+
+def read_rows(path, todo):
+    """The rows of a csv that a stage wrote, as dicts of str; InputError, with what `todo` about it, if it can't be read."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(path, f"can't be read: {error}", todo) from None
 
 
 # ---------------------------------------------------------------------------------------------- publishing

@@ -176,7 +176,7 @@ def subsample(rows, bias):
     counts = folder.group_counts(train)
     dropped = set()
     for y in sorted({row["y"] for row in train}):
-        tied = tied_attribute(train, y)
+        tied = folder.tied_attribute(counts, y)
         members = sorted((row for row in train if row["y"] == y), key=lambda row: place(row["file_name"]))
         agree, conflict = ([row for row in members if (row["a"] == tied) == same] for same in (True, False))
         keep_agree, keep_conflict = len(agree), len(conflict)
@@ -197,15 +197,6 @@ def subsample(rows, bias):
     for group, count in counts.items():
         print(f"{group:10}{count:8}{left.get(group, 0):8}{count - left.get(group, 0):8}")
     return kept
-
-
-def tied_attribute(rows, y):
-    """The attribute that is most over-represented in class y: the greatest P(a | y) / P(a)."""
-    def lift(a):
-        with_a = [row for row in rows if row["a"] == a]
-        return sum(row["y"] == y for row in with_a) / len(with_a)
-
-    return max(sorted({row["a"] for row in rows}), key=lift)
 
 
 def place(name):
@@ -328,9 +319,8 @@ def main():
     args = parse()
     source, rows = DATASETS[args.dataset](args)
     add_captions(rows, args)
-    if args.dataset != "digits" and args.bias != "natural":
-        rows = subsample(rows, args.bias)
     if args.dataset != "digits":
+        rows = rows if args.bias == "natural" else subsample(rows, args.bias)
         gone = [row["file_name"] for row in rows if not (source / row["file_name"]).is_file()]
         if gone:
             raise missing(args, f"{len(gone)} of {len(rows)} images, {gone[0]} is the first,")

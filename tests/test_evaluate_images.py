@@ -61,3 +61,6 @@ def test_a_synthetic_set_is_measured_and_asked_whether_it_is_what_it_claims(base
     text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "classifiers" / "erm", "--synthetic",
                vanilla, "--images", tmp_path / "images", "--out", tmp_path / "results")
     assert "| vanilla | 20 | 0.000 |" in text and "| vanilla | 0 |" in text
+    assert "| vanilla | 0 |" in (tmp_path / "results" / "cost.md").read_text()
+    run("evaluate_images.py", "--data", dataset, "--synthetic", vanilla, "--clip", base / "clip", "--judge", tmp_path,
+        "--out", tmp_path / "i", fails=f"--judge {tmp_path}: can't be loaded")

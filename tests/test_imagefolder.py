@@ -90,6 +90,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
+def test_a_class_is_tied_to_the_attribute_that_is_most_over_represented_in_it():
+    counts = {"y0-a0": 60, "y0-a1": 30, "y1-a0": 40, "y1-a1": 5}  # a0 is common everywhere; of a1, 30 of 35 are y0
+    assert folder.tied_attribute(counts, 0) == 1 and folder.tied_attribute(counts, 1) == 0
+
+
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
 def test_an_interrupt_is_one_line_and_says_how_to_go_on(sent, tmp_path):
     make_dataset(tmp_path / "data")

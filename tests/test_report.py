@@ -26,8 +26,10 @@ def test_a_page_needs_no_network_escapes_every_text_and_flags_a_collapsed_classi
     run("evaluate.py", "--data", dataset, "--classifiers", evil, tmp_path / "run" / "classifiers" / "erm", "--latex",
         "--out", tmp_path / "run" / "results")
     assert "erm & $1.000" in (tmp_path / "run" / "results" / "results.tex").read_text()
+    run("evaluate.py", "--data", dataset, "--classifiers", evil, "--out", tmp_path / "run" / "ablations" / "k<script>")
     run("report.py", "--run", tmp_path / "run", "--data", dataset, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;" in page and "Collapsed" in page
+    assert "<h3>k&lt;script&gt;</h3>" in page
     assert not re.search('(src|href)=(?!"data:)', page) and "http" not in page
     run("report.py", "--run", tmp_path, "--data", dataset, "--out", tmp_path / "r", fails="intervals.csv: can't be")
