@@ -32,7 +32,7 @@ KEEP_WEIGHTS ?= yes
 # stands before each command ("srun --gpus=1").
 
 # A generative method is what is trained, on which unit. To add one: a word here and a line of its flags.
-FINETUNED         = lora dreambooth clustered clustered-lora one-model compositional
+FINETUNED         = lora dreambooth clustered clustered-lora one-model compositional $(CLUSTERINGS) clustered-no-prior
 lora.is           = --method lora       --per group   --data $(DATA) $(LORA)
 dreambooth.is     = --method dreambooth --per group   --data $(DATA) --prior $(RUN)/synthetic/vanilla $(DREAMBOOTH)
 clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --prior $(RUN)/synthetic/vanilla \
@@ -40,6 +40,31 @@ clustered.is      = --method dreambooth --per cluster --data $(RUN)/clusters --p
 clustered-lora.is = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
 one-model.is      = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
 compositional.is  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
+
+# Ablations: `make ablate` compares recipes that differ from clustered in one setting, a table and a figure for each.
+ABLATIONS       = clusters clip-threshold lambda images second-stage prior
+clusters        = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
+clip-threshold  = clustered-clip0 clustered clustered-clip0.5 clustered-clip0.9
+lambda          = lambda0+clustered lambda0.1+clustered clustered lambda1+clustered
+images          = clustered-images50 clustered-images100 clustered clustered-images500
+second-stage    = clustered two-stage-whole+clustered
+prior           = clustered clustered-no-prior
+
+# What is not clustered's own: flags of cluster.py, finetune.py and generate.py (on whose models), of the classifier.
+CLUSTERINGS            = $(filter clustered-k%,$(clusters))
+clustered-k1.k         = --k 1
+clustered-k2.k         = --k 2
+clustered-k5.k         = --k 5
+clustered-k10.k        = --k 10
+clustered-k5-rare.k    = --k 5 --min-size 5
+$(foreach k,$(CLUSTERINGS),$(eval $(k).is = $$(subst /clusters,/$(k:clustered-%=clusters-%),$$(clustered.is))))
+clustered-no-prior.is  = --method dreambooth --per cluster --data $(RUN)/clusters $(DREAMBOOTH) $(CLUSTERED)
+REDRAWN                = $(filter clustered-clip% clustered-images%,$(clip-threshold) $(images))
+$(foreach m,$(REDRAWN),$(eval $(m).models = clustered))
+$(foreach m,$(filter clustered-clip%,$(REDRAWN)),$(eval $(m).draw = --clip-threshold $(m:clustered-clip%=%)))
+$(foreach m,$(filter clustered-images%,$(REDRAWN)),$(eval $(m).draw = --images $(m:clustered-images%=%)))
+$(foreach r,$(filter lambda%,$(lambda)),$(eval $(firstword $(subst +, ,$(r))).is = \
+	two-stage --contrastive $(patsubst lambda%,%,$(firstword $(subst +, ,$(r))))))
 
 # ---- the commands ---------------------------------------------------------------------------------------------
 
@@ -60,11 +85,11 @@ $(if $(HOLDER),$(error another make (process $(HOLDER)) is at work on $(RUN): wa
 endif
 endif
 
-.PHONY: all sweep each-bias test help clean FORCE
+.PHONY: all sweep each-bias ablate ablations test help clean FORCE
 .DELETE_ON_ERROR:
 
 all: $(RUN)/results/report.html
-	@cat $(RUN)/results/results.md
+	@cat $(RUN)/results/results.md $(if $(METHODS),$(RUN)/results/cost.md)
 	@rm -f $(LOCK)
 	@echo "Report: $(RUN)/results/report.html"
 	@echo "Pictures: $(RUN)/results/*.png $(RUN)/images/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
@@ -77,6 +102,13 @@ sweep: each-bias
 each-bias:
 	$(foreach b,$(SWEEP),+@$(MAKE) --no-print-directory BIAS=$(b) runs/$(DATASET)-$(b)/results/config.json$(newline)	)
 
+ablate:
+	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes RECIPES='$(sort $(foreach a,$(ABLATIONS),$($(a))))' ablations
+	@rm -f $(LOCK)
+	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"
+
+ablations: $(ABLATIONS:%=$(RUN)/ablations/%/config.json) $(RUN)/ablations/synthetic/config.json
+
 # Most of a test is the start of a script, on one core: so two files at once, a thread each.
 test: .venv/installed
 	+@$(MAKE) -k -j2 --no-print-directory --output-sync $(patsubst tests/%.py,%,$(wildcard tests/test_*.py))
@@ -86,6 +118,7 @@ test_%:
 help:
 	@echo "make           run $(RECIPES) on $(DATA)"
 	@echo "make sweep     the same for every bias of $(SWEEP)"
+	@echo "make ablate    clustered with one setting changed: $(ABLATIONS)"
 	@echo "make test      install, and run the tests"
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
@@ -136,8 +169,9 @@ BASE_FILES = $(if $(filter base/miniature,$(BASE)),base/miniature/config.json,$(
 # A recipe is a word: of train_classifier.py (erm), or a generative method, which stands for two-stage on its images
 # (clustered), or one of each (filled+clustered). ffr alone learns from vanilla.
 parts   = $(subst +, ,$(if $(filter ffr ffr-groupdro,$(1)),$(1)+vanilla,$(1)))
-how     = $(or $(filter-out vanilla $(FINETUNED),$(call parts,$(1))),two-stage)
-drawn   = $(filter vanilla $(FINETUNED),$(call parts,$(1)))
+DRAWN   = vanilla $(FINETUNED) $(REDRAWN)
+how     = $(foreach word,$(or $(filter-out $(DRAWN),$(call parts,$(1))),two-stage),$(or $($(word).is),$(word)))
+drawn   = $(filter $(DRAWN),$(call parts,$(1)))
 METHODS = $(sort $(foreach r,$(RECIPES),$(call drawn,$(r))))
 
 base/miniature/config.json: base/pretrain.py | .venv/installed
@@ -148,23 +182,28 @@ $(eval $(call stage,prepare,data/prepare.py $(LOADER) --bias $(BIAS) $(PREPARE),
 $(eval $(call stage,cluster,cluster.py --data $(DATA) --clip $(CLIP) --k $(K) $(SEED) $(CLUSTER),$(RUN)/clusters,\
 	$(DATA)/config.json $(BASE_FILES)))
 
+$(foreach k,$(CLUSTERINGS:clustered-%=%),$(eval $(call stage,cluster-$(k),\
+	cluster.py --data $(DATA) --clip $(CLIP) $(SEED) $(CLUSTER) $(clustered-$(k).k),$(RUN)/clusters-$(k),\
+	$(DATA)/config.json $(BASE_FILES))))
+
 $(eval $(call stage,modes,cluster.py --data $(DATA) --clip $(CLIP) --within class --k $(MODES) $(SEED) $(CLUSTER),\
 	$(RUN)/modes,$(DATA)/config.json $(BASE_FILES)))
 
 # The prior of a DreamBooth method is vanilla's synthetic set; a clustered method's data are the clusters.
 inputs = $(DATA)/config.json $(BASE_FILES) $(patsubst %,%/config.json,\
-	$(filter $(RUN)/clusters $(RUN)/modes $(RUN)/synthetic/vanilla,$($(1).is)))
+	$(filter $(RUN)/clusters% $(RUN)/modes $(RUN)/synthetic/vanilla,$($(1).is)))
 $(foreach m,$(FINETUNED),$(eval $(call stage,finetune-$(m),\
 	finetune.py --base $(BASE) $(SEED) $($(m).is),$(RUN)/models/$(m),$(call inputs,$(m)))))
 
 dropped = $(if $(filter no,$(KEEP_WEIGHTS)),$(filter $(FINETUNED),$(1)))
 
-$(foreach m,vanilla $(FINETUNED),$(eval $(call stage,generate-$(m),\
-	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) \
-	$(if $(filter-out vanilla,$(m)),--models $(RUN)/models/$(m)) $(if $(call dropped,$(m)),--drop-weights),\
+models_of = $(if $(filter-out vanilla,$(1)),$(RUN)/models/$(or $($(1).models),$(1)))
+
+$(foreach m,$(DRAWN),$(eval $(call stage,generate-$(m),\
+	generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) $($(m).draw) \
+	$(addprefix --models ,$(call models_of,$(m))) $(if $(call dropped,$(m)),--drop-weights),\
 	$(RUN)/synthetic/$(m),\
-	cluster.py $(DATA)/config.json $(BASE_FILES) \
-	$(if $(filter-out vanilla,$(m)),$(RUN)/models/$(m)/config.json),\
+	cluster.py $(DATA)/config.json $(BASE_FILES) $(addsuffix /config.json,$(call models_of,$(m))),\
 	$(if $(call dropped,$(m)),finetune.py --base $(BASE) $(SEED) $($(m).is) --out $(RUN)/models/$(m)))))
 
 $(foreach r,$(RECIPES),$(eval $(call stage,classifier-$(r),\
@@ -180,23 +219,35 @@ $(JUDGE:/seed0=/config.json):
 endif
 endif
 
-# The other model seeds: what hangs on them is made by a make of their own.
+# The other model seeds: the recipes that hang on them are made by a make of their own.
+OTHER_SEEDS   = $(wordlist 2,99,$(MODEL_SEEDS))
 DRAWN_RECIPES = $(foreach r,$(RECIPES),$(if $(call drawn,$(r)),$(r)))
-OTHERS = $(foreach s,$(wordlist 2,99,$(MODEL_SEEDS)),$(DRAWN_RECIPES:%=$(call run_of,$(s))/classifiers/%))
+of_seed       = $(DRAWN_RECIPES:%=$(call run_of,$(1))/classifiers/%/config.json)
 define other_seed
-$(DRAWN_RECIPES:%=$(call run_of,$(1))/classifiers/%/config.json) &: $(DATA)/config.json $(BASE_FILES) FORCE
-	+@$(MAKE) --no-print-directory MODEL_SEEDS=$(1) $(DRAWN_RECIPES:%=$(call run_of,$(1))/classifiers/%/config.json)
+$(call of_seed,$(1)) &: $(DATA)/config.json $(BASE_FILES) FORCE
+	+@$(MAKE) --no-print-directory MODEL_SEEDS=$(1) $(call of_seed,$(1))
 endef
-$(foreach s,$(wordlist 2,99,$(MODEL_SEEDS)),$(eval $(call other_seed,$(s))))
+$(foreach s,$(OTHER_SEEDS),$(eval $(call other_seed,$(s))))
+
+# $(call classifiers,RECIPES): their folders, those of other model seeds included.
+classifiers = $(1:%=$(RUN)/classifiers/%) $(foreach s,$(OTHER_SEEDS),\
+	$(patsubst %,$(call run_of,$(s))/classifiers/%,$(filter $(DRAWN_RECIPES),$(1))))
 
 $(eval $(call stage,images,evaluate_images.py --data $(DATA) --synthetic $(METHODS:%=$(RUN)/synthetic/%) \
 	--clip $(CLIP) $(JUDGE:%=--judge %),$(RUN)/images,\
-	cluster.py train_classifier.py $(METHODS:%=$(RUN)/synthetic/%/config.json) $(JUDGE:/seed0=/config.json)))
+	cluster.py $(METHODS:%=$(RUN)/synthetic/%/config.json) \
+	$(if $(JUDGE),train_classifier.py $(JUDGE:/seed0=/config.json))))
 
-$(eval $(call stage,evaluate,evaluate.py --data $(DATA) \
-	--classifiers $(RECIPES:%=$(RUN)/classifiers/%) $(OTHERS) \
+$(eval $(call stage,evaluate,evaluate.py --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
 	$(if $(METHODS),--synthetic $(METHODS:%=$(RUN)/synthetic/%) --images $(RUN)/images),$(RUN)/results,\
-	$(RECIPES:%=$(RUN)/classifiers/%/config.json) $(OTHERS:%=%/config.json) $(if $(METHODS),$(RUN)/images/config.json)))
+	$(addsuffix /config.json,$(call classifiers,$(RECIPES)) $(if $(METHODS),$(RUN)/images))))
 
-$(RUN)/results/report.html: report.py $(RUN)/results/config.json
+$(foreach a,$(ABLATIONS),$(eval $(call stage,ablation-$(a),evaluate.py --data $(DATA) --keep-order \
+	--references clustered --classifiers $(call classifiers,$($(a))),$(RUN)/ablations/$(a),\
+	$(addsuffix /config.json,$(call classifiers,$($(a)))))))
+
+$(eval $(call stage,ablation-synthetic,evaluate_images.py --data $(DATA) --synthetic $(METHODS:%=$(RUN)/synthetic/%) \
+	--clip $(CLIP),$(RUN)/ablations/synthetic,cluster.py $(METHODS:%=$(RUN)/synthetic/%/config.json)))
+
+$(RUN)/results/report.html: report.py $(RUN)/results/config.json $(wildcard $(RUN)/ablations/*/config.json)
 	$(LAUNCH) $(PY) report.py --run $(RUN) --data $(DATA) --out $@

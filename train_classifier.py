@@ -5,9 +5,10 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic images, then
-only the last layer on the real, biased ones. ffr is the same with the whole network; mixed and filled train once, on
-real and synthetic images together. erm, reweight, resample, subg, groupdro, jtt and dfr are peers on real images alone.
-Each keeps the epoch with the best worst-group accuracy on val; dfr fits its last layer to val itself. None sees test.
+only the last layer on the real, biased ones (two-stage-whole: the whole network). ffr has cross-entropy alone, then the
+whole network; mixed and filled train once, on real and synthetic images together. erm, reweight, resample, subg,
+groupdro, jtt and dfr are peers on real images alone. Each keeps the epoch with the best worst-group accuracy on val;
+dfr fits its last layer to val itself. None sees test.
 
 Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
 (file_name, split, y, a, prediction, a probability a class), log.csv and config.json; last OUT/config.json.
@@ -47,6 +48,7 @@ RECIPES = {
     "ffr-groupdro": [Phase("synthetic", "shuffled", "cross_entropy", "all"),
                      Phase("real", "group-balanced", "group_dro", "all")],
     "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
+    "two-stage-whole": [PRETRAINED, ERM],
     "two-stage-resample": [PRETRAINED, Phase("real", "group-balanced", "cross_entropy", "last layer")],
     "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
     "two-stage-dfr": [PRETRAINED, Phase("val", None, "logistic_regression", "last layer")],

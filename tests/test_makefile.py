@@ -33,7 +33,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
-SECONDS = (".make.pid", "config.json", "cost.csv", "results.md", "report.html")  # these tell how long things took
+SECONDS = (".make.pid", "config.json", "cost.csv", "cost.md", "report.html")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
@@ -119,6 +119,22 @@ def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(hous
         assert f"data/prepare.py digits --bias {bias} --out data/digits-{bias}" in text
     assert "evaluate.py --sweep runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
     assert not (house / "data" / "digits-0.9").exists()
+
+
+def test_an_ablation_changes_one_setting_and_keeps_what_does_not_hang_on_it(house):
+    lines = [" ".join(line.split()) for line in make(house, "-n", "ablate").splitlines()]
+    made = {line.split(" --out runs/digits-0.95/")[1]: line for line in lines if " --out runs/" in line}
+    assert not {"clusters", "models/clustered", "synthetic/vanilla", "classifiers/clustered"} & set(made)
+    assert "--k 10 " in made["clusters-k10"]
+    assert "--data runs/digits-0.95/clusters-k10 " in made["models/clustered-k10"]
+    assert "--prior" in made["models/clustered-k10"] and "--prior" not in made["models/clustered-no-prior"]
+    assert "--clip-threshold 0.9 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-clip0.9"]
+    assert "--images 50 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-images50"]
+    for recipe, flags in (("lambda0", "two-stage --contrastive 0"), ("two-stage-whole", "two-stage-whole")):
+        assert f"--recipe {flags} --synthetic runs/digits-0.95/synthetic/clustered " in made[
+            f"classifiers/{recipe}+clustered"]
+    assert "--classifiers runs/digits-0.95/classifiers/clustered runs/digits-0.95/classifiers/clustered-no-prior " in \
+        made["ablations/prior"] + " "
 
 
 def test_a_second_make_is_refused_while_the_first_lives_and_not_after(house):
