@@ -78,14 +78,14 @@ PY      = .venv/bin/python
 # Two makes on one run would write the same files: the first leaves its process id, the second is refused while it lives.
 LOCK = $(RUN)/.make.pid
 ifeq ($(MAKELEVEL)$(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),0)
-ifeq ($(filter help test test_% clean .venv/installed,$(MAKECMDGOALS)),)
+ifeq ($(filter help test test_% torture clean .venv/installed,$(MAKECMDGOALS)),)
 HOLDER := $(shell mkdir -p $(RUN); kill -0 "$$(cat $(LOCK) 2>/dev/null)" 2>/dev/null || rm -f $(LOCK); \
 	(set -C; echo $$PPID > $(LOCK)) 2>/dev/null; grep -vx $$PPID $(LOCK))
 $(if $(HOLDER),$(error another make (process $(HOLDER)) is at work on $(RUN): wait for it, or stop it))
 endif
 endif
 
-.PHONY: all sweep each-bias ablate ablations test help clean FORCE
+.PHONY: all sweep each-bias ablate ablations test torture help clean FORCE
 .DELETE_ON_ERROR:
 
 all: $(RUN)/results/report.html
@@ -115,11 +115,16 @@ test: .venv/installed
 test_%:
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/$@.py
 
+# The long version of tests/test_kills.py and tests/test_hostile.py.
+torture: .venv/installed
+	+@TORTURE=1 $(MAKE) -k -j2 --no-print-directory --output-sync test_kills test_hostile
+
 help:
 	@echo "make           run $(RECIPES) on $(DATA)"
 	@echo "make sweep     the same for every bias of $(SWEEP)"
 	@echo "make ablate    clustered with one setting changed: $(ABLATIONS)"
 	@echo "make test      install, and run the tests"
+	@echo "make torture   kills, full disks, bad input, 100,000 images: at length"
 	@echo "make -n        tell what would run"
 	@echo "make clean     remove $(RUN)"
 	@echo "Settings and their values now; make K=3 changes one:"
@@ -143,18 +148,19 @@ clean:
 # given, is a command that runs before.
 define stage
 $(STAMPS)/$(1): $(if $(call differ,$(strip $(2)),$(shell cat $(STAMPS)/$(1) 2>/dev/null)),FORCE)
-	@mkdir -p $$(@D); echo '$(strip $(2))' > $$@
+	@mkdir -p $$(@D); echo $(call quoted,$(strip $(2))) > $$@
 $(3)/config.json: $(firstword $(2)) data/imagefolder.py $(STAMPS)/$(1) $(4) | .venv/installed
 	$(if $(strip $(5)),$(call sharded,$(strip $(5))))
 	$(call sharded,$(strip $(2)) --out $(3))
 endef
 STAMPS = $(if $(filter prepare,$(1)),$(call run_of,0),$(RUN))/.stamps
+quoted = '$(subst ','\'',$(1))'
 differ = $(subst x$(1)x,,x$(2)x)$(subst x$(2)x,,x$(1)x)
 
 # $(call sharded,COMMAND): in SHARDS processes side by side (as many as -j allows), then once more to publish.
 SHARDED = finetune.py generate.py train_classifier.py
 sharded = $(if $(and $(filter-out 1,$(SHARDS)),$(filter $(SHARDED),$(firstword $(1)))),+@$(MAKE) --no-print-directory \
-	$(foreach i,$(shell seq 0 $$(($(SHARDS) - 1))),shard-$(i)) COMMAND='$(1)'$(newline)	)$(LAUNCH) $(PY) $(1)
+	$(foreach i,$(shell seq 0 $$(($(SHARDS) - 1))),shard-$(i)) COMMAND=$(call quoted,$(1))$(newline)	)$(LAUNCH) $(PY) $(1)
 shard-%:
 	$(LAUNCH) $(PY) $(COMMAND) --shard $*/$(SHARDS)
 define newline

@@ -36,19 +36,21 @@ def group_clusters(embeddings, k, k_max, min_size, seed):
     candidates = [labels for labels in candidates if labels.max() > 0]
     if not candidates:
         return [0] * len(embeddings)
-    return max(candidates, key=lambda labels: silhouette_score(embeddings, labels))
+    some = {"sample_size": 10_000, "random_state": seed % 2**32} if len(embeddings) > 10_000 else {}  # all: N x N
+    return max(candidates, key=lambda labels: silhouette_score(embeddings, labels, **some))
 
 
 def kmeans(embeddings, k, min_size, seed):
     """k-means whose clusters smaller than min_size are dissolved, smallest first, each image into its nearest."""
     import numpy as np
     from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances_argmin
 
     fit = KMeans(k, n_init=10, random_state=seed % 2**32).fit(embeddings)
     centres, labels = fit.cluster_centers_, fit.labels_
     while (sizes := np.bincount(labels, minlength=len(centres))).min() < min_size:
         centres = np.delete(centres, sizes.argmin(), axis=0)
-        labels = ((embeddings[:, None] - centres[None]) ** 2).sum(-1).argmin(1)
+        labels = pairwise_distances_argmin(embeddings, centres)
     return np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")[labels]
 
 
@@ -100,7 +102,12 @@ def load_model(read, name, flag):
 
     logging.disable_progress_bar()  # a bar for every file of a model hides the bars of the work
     try:
-        return read(name)
+        model = read(name)
+        for part in getattr(model, "components", {"": model}).values():
+            for weight, values in part.named_parameters() if hasattr(part, "named_parameters") else ():
+                if not values.isfinite().all():
+                    raise ValueError(f"its weight {weight} is not finite")
+        return model
     except Exception as error:  # these loaders raise OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise folder.InputError(f"{flag} {name}", f"can't be loaded: {reason}",

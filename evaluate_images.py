@@ -210,6 +210,8 @@ def main():
     everything = folder.read_metadata(args.data)
     prompts = folder.group_prompts(everything)
     sets = {source: folder.read_metadata(source, "train") for source in args.synthetic}
+    if all(row["split"] == "train" for row in everything):
+        raise folder.InputError(args.data, "has no image of split val or test", "prepare the data again")
     judge = load_judge(args.judge) if args.judge else None
     clip = Clip(args.clip, pick_device(args.device))
     prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))

@@ -333,6 +333,9 @@ def main():
     parts = folder.prompt_parts(folder.group_prompts(folder.read_metadata(args.data)))
     if args.per == "cluster" and "cluster" not in rows[0]:
         raise folder.InputError(args.data / "metadata.csv", "has no column cluster", "point --data to cluster.py's OUT")
+    for row in rows:  # it becomes a part of a folder's name
+        if not (number := row.get("cluster", "0")).isascii() or not number.isdigit():
+            raise folder.InputError(args.data / "metadata.csv", f"cluster is {number!r}", "it is an integer from 0")
     prior_rows = folder.read_metadata(args.prior, "train") if args.prior else []
     units = units_of(rows, parts, prior_rows, args)
     for unit in units:
@@ -348,6 +351,7 @@ def main():
     (args.out / "config.json").unlink(missing_ok=True)
     shard, shards = args.shard
     todo = [unit for unit in units[shard::shards] if not is_trained(args.out / unit.name, unit.key)]
+    folder.check_images(args.data, [row for unit in todo for row in unit.rows])  # not after hours of training
     failures = train_units(todo, args) if todo else []
     if failures:
         sys.exit("\n".join(failures))
@@ -490,9 +494,7 @@ def publish_method(units, args):
     A draw is a prompt of a unit for the groups of class y with attribute a (null: with any), and how many training
     images stand behind it.
     """
-    for path in args.out.iterdir():
-        if path.is_dir() and path.name not in {unit.name for unit in units}:
-            folder.remove(path)
+    folder.remove_others(args.out, {unit.name for unit in units})
     draws = {}
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):

@@ -17,6 +17,7 @@ OUT/config.json.
 
 import inspect
 import json
+import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +143,12 @@ def draws_of(prompts, models, args):
             raise folder.InputError(config, "no such file", "point --models to the OUT of a finished finetune.py")
         try:
             trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
-        except (ValueError, KeyError, TypeError):
+            for draw in trained:  # unit and suffix become names of folders
+                if not re.fullmatch(r"all|y\d+-a\d+(-c\d+)?", draw["unit"]) or not re.fullmatch(
+                        r"(-c\d+)?", draw["suffix"]) or {int} != {type(draw[name]) for name in ("y", "images")}:
+                    raise ValueError(draw)
+                draw["a"], draw["key"], draw["prompt"].replace("", "")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise folder.InputError(config, "is not of finetune.py", "fine-tune again") from None
     draws, parts = [], folder.prompt_parts(prompts)
     for group, text in prompts.items():
@@ -290,9 +296,7 @@ def publish(draws, prompts, made_by, args):
     """Writes the sheets and, last, metadata.csv and config.json; removes units that are no more."""
     from PIL import Image
 
-    for path in args.out.iterdir():
-        if path.is_dir() and path.name not in {draw["name"] for draw in draws}:
-            folder.remove(path)
+    folder.remove_others(args.out, {draw["name"] for draw in draws})
     rows, counts = [], {}
     for draw in draws:
         y, a = folder.labels_of(draw["group"])
@@ -307,10 +311,10 @@ def publish(draws, prompts, made_by, args):
         units = {}
         for row in rows:
             if folder.group_of(row) == group:
-                units.setdefault(row["unit"], []).append(Image.open(args.out / row["file_name"]))
+                units.setdefault(row["unit"], []).append(args.out / row["file_name"])
         width = 16 if len(units) > 1 else 12
-        lines = [(unit, images[i:i + width]) for unit, images in units.items()
-                 for i in range(0, min(len(images), width * (2 if len(units) > 1 else 6)), width)]
+        lines = [(unit, [Image.open(path) for path in paths[i:i + width]]) for unit, paths in units.items()
+                 for i in range(0, min(len(paths), width * (2 if len(units) > 1 else 6)), width)]
         folder.contact_sheet([line for _, line in lines], [unit for unit, _ in lines]).save(args.out / f"{group}.png")
     folder.write_csv(args.out / "metadata.csv", rows)
     folder.write_config(args.out, args, folder.digest(made_by, rows), counts=counts)

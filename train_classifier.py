@@ -20,13 +20,14 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+from data import imagefolder as folder  # before torch: it makes a Ctrl-C while that is imported one line
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from cluster import pick_device
-from data import imagefolder as folder
 
 # A recipe is a list of phases: which images, how they are drawn, which loss, which weights learn. "filled" images are
 # the real ones and as many synthetic ones as bring every group to the size of the largest.

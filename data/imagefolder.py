@@ -32,8 +32,22 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
+
+def _interrupted(kind, error, trace):
+    """Ctrl-C before run() is there to catch it: torch takes seconds to import."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED.format(Path(sys.argv[0]).name), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _interrupted
+INTERRUPTED = "{}: interrupted (the same command goes on from here)"
+GO_ON = "(the same command goes on once this is mended)"
 REQUIRED = ("file_name", "split", "y", "a", "text")
 SPLITS = ("train", "val", "test")
+LABELS = 10_000  # more classes or attributes than that are a column of something else
+WRITTEN = ("config.json", "metadata.csv", "results.csv", "groups.csv", "sweep.csv", "model_index.json")  # by a stage
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "scikit-learn", "numpy", "pillow")
 
 
@@ -54,7 +68,36 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        sys.exit(_last_words(f"{self.prog}: error: {message} (see {self.prog} --help)", 2))
+
+    def parse_args(self, *args):
+        parsed = super().parse_args(*args)
+        _check_out(parsed)
+        return parsed
+
+
+def _check_out(args):
+    """InputError unless --out is new, or was written by a stage: what it holds else would be replaced, and be lost."""
+    def real(path):
+        return Path(os.path.realpath(path))  # Path.resolve() raises on links in a circle
+
+    out = real(args.out)
+    if any(out == path or out in path.parents for path in (Path.cwd(), real(sys.argv[0]))):
+        raise InputError(f"--out {args.out}", "holds this program or the folder you are in", "name another folder")
+    given = [real(path) for value in vars(args).values() for path in (value if isinstance(value, list) else [value])
+             if isinstance(path, Path) and path is not args.out]
+    if any(out == path or out in path.parents for path in given):
+        raise InputError(f"--out {args.out}", "is or holds what is to be read", "name another folder")
+    if out.suffix == ".html" and out.is_dir() or out.suffix != ".html" and out.is_file():
+        raise InputError(f"--out {args.out}", f"is a {'folder' if out.is_dir() else 'file'}", "name another")
+    _check_replaceable(args.out)
+
+
+def _check_replaceable(path):
+    path = Path(path)
+    if path.is_dir() and not all(map(_is_left_over, path.iterdir())) and not any(
+            next(path.glob(pattern), None) for name in WRITTEN for pattern in (name, f"*/{name}")):
+        raise InputError(path, "holds files that no stage wrote", "name another folder, or empty it")
 
 
 Flag = argparse.BooleanOptionalAction
@@ -65,11 +108,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: an `int` or a `float` in [low, high]; NaN is refused."""
+    """An argparse type: an `int` or a `float` in [low, high]; NaN and infinity are refused."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -97,16 +140,19 @@ def run(main):
     except InputError as error:
         sys.exit(_last_words(f"{script}: error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_last_words(f"{script}: interrupted (the same command goes on from here)", 130))
+        sys.exit(_last_words(INTERRUPTED.format(script), 130))
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(_last_words(f"{script}: error: {error.filename or 'disk'}: {error.strerror} "
-                             f"(the same command goes on once this is mended)", 2))
+        sys.exit(_last_words(f"{script}: error: {error.filename or 'disk'}: {error.strerror} {GO_ON}", 2))
+    except Exception as error:
+        if "No space left on device" not in str(error):  # safetensors wraps what the disk says in an error of its own
+            raise
+        sys.exit(_last_words(f"{script}: error: disk: {error} {GO_ON}", 2))
 
 
 def _last_words(line, status):
-    print(line.replace("\n", " "), file=sys.stderr)
+    print(" ".join(line.splitlines()), file=sys.stderr)
     return status
 
 
@@ -173,15 +219,17 @@ def _check_row(path, line, row, seen):
     for label in ("y", "a"):
         if not row[label].isascii() or not row[label].isdigit():
             raise InputError(where, f"{label} is {row[label]!r}", "labels are integers from 0")
+        if len(row[label]) > len(str(LABELS)) or int(row[label]) >= LABELS:
+            raise InputError(where, f"{label} is {row[label][:20]}", f"labels are integers from 0, below {LABELS}")
         row[label] = int(row[label])
     if row["split"] not in SPLITS:
         raise InputError(where, f"split is {row['split']!r}", f"it is one of {', '.join(SPLITS)}")
     name = Path(row["file_name"])
     if not row["file_name"] or name.is_absolute() or ".." in name.parts or "\\" in row["file_name"]:
         raise InputError(where, f"file_name {row['file_name']!r} leaves its folder", "use a path inside it")
-    if row["file_name"] in seen:
+    if name in seen:
         raise InputError(where, f"{row['file_name']} stands twice", "one row an image")
-    seen.add(row["file_name"])
+    seen.add(name)
     if not row["text"].strip():
         raise InputError(where, "text is empty", "it is the prompt of the image's group")
 
@@ -247,8 +295,23 @@ def load_image(path, size):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
             return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.BICUBIC)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file makes Pillow raise OSError, ValueError, struct.error and many more
         raise InputError(path, f"can't be read as an image: {error}", "replace or remove it") from None
+
+
+def check_images(folder, rows):
+    """Decodes the images of some rows. Raises InputError with their number and the first one's fault, if any is broken."""
+    from tqdm import tqdm
+
+    broken = []
+    for row in tqdm(rows, f"check {folder}", unit="image", mininterval=1, disable=None):
+        try:
+            load_image(Path(folder) / row["file_name"], 8)
+        except InputError as error:
+            broken.append(str(error))
+    if broken:
+        raise InputError(folder, f"{len(broken)} of {len(rows)} images are broken, the first: {broken[0]}",
+                         "replace or remove them")
 
 
 def read_rows(path, todo):
@@ -284,9 +347,11 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.tmp")
     remove(hidden)
+    _remove_doomed(path)
     try:
         yield hidden
         if path.is_dir():  # a folder can't be renamed over another: the old one goes first
+            _check_replaceable(path)
             remove(path)
         os.replace(hidden, path)
     finally:
@@ -296,13 +361,31 @@ def replacing(path):
 def remove(path):
     """Removes a file or a folder, if it is there. A folder is renamed first: half of one must not look whole."""
     path = Path(path)
+    doomed = _remove_doomed(path)
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name.lstrip('.')}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_doomed(path):
+    """Removes what a killed process left of the folder that it was removing; returns where such a folder goes."""
+    doomed = path.with_name(f".{path.name.lstrip('.')}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
+
+
+def _is_left_over(path):
+    """Whether a killed process left it."""
+    return path.name.startswith(".") and path.suffix in (".tmp", ".old", ".partial")
+
+
+def remove_others(folder, names):
+    """Removes the units in a folder that are none of `names`, with what killed processes left of any."""
+    for path in sorted(Path(folder).iterdir()):
+        if _is_left_over(path) or path.is_dir() and path.name not in names and (path / "config.json").is_file():
+            remove(path)
 
 
 def digest(*parts):

@@ -324,6 +324,7 @@ def main():
         gone = [row["file_name"] for row in rows if not (source / row["file_name"]).is_file()]
         if gone:
             raise missing(args, f"{len(gone)} of {len(rows)} images, {gone[0]} is the first,")
+        folder.check_images(source, rows)
     for row in rows:
         row["file_name"] = f"images/{row['file_name']}"
     columns = list(dict.fromkeys((*folder.REQUIRED, *rows[0])))

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import imagefolder as folder  # noqa: E402
 
+LONG = "TORTURE" in os.environ  # of make torture; a short version of it is a part of make test
 BIASED = {(0, 0): 24, (0, 1): 3, (1, 0): 3, (1, 1): 24}  # training images a group
 
 

@@ -10,7 +10,7 @@ from conftest import environment, files_of, new_house
 from conftest import make as run_make
 
 TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
-        "DREAMBOOTH=--steps 1 --batch 1", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
+        "DREAMBOOTH=--steps 1 --batch 1", "CLUSTERED=", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
 
 
 @pytest.fixture(scope="module")
