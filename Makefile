@@ -75,13 +75,23 @@ SEED    = --seed $(firstword $(MODEL_SEEDS))
 PYTHON ?= python3
 PY      = .venv/bin/python
 
-# Two makes on one run would write the same files: the first leaves its process id, the second is refused while it lives.
-LOCK = $(RUN)/.make.pid
+# Two makes would write the same files: a make leaves its process id for each run that it works on, and for what all runs
+# share and nobody has made yet; a second one on any of these is refused while it lives.
+BIASES = $(if $(filter sweep,$(MAKECMDGOALS)),$(SWEEP),$(BIAS))
+LOCKS := $(patsubst %,runs/%.pid,$(notdir $(foreach BIAS,$(BIASES),$(foreach s,$(MODEL_SEEDS),$(call run_of,$(s)))) \
+	$(if $(wildcard .venv/installed),,.venv) $(if $(wildcard $(BASE)/config.json),,$(filter base/miniature,$(BASE)))))
+define hold
+mkdir -p runs; for lock in $(LOCKS); do
+  pid=$$(cat $$lock 2>/dev/null);
+  [ "$$pid" != $$PPID ] && { ps -o comm= -p "$$pid" || cat "/proc/$$pid/comm"; } 2>/dev/null | grep -q make || rm -f $$lock;
+  (set -C; echo $$PPID > $$lock) 2>/dev/null && held="$$held $$lock" && continue;
+  rm -f $$held; echo "another make (process $$(cat $$lock)) is at work on $$(basename $$lock .pid)"; break;
+done
+endef
 ifeq ($(MAKELEVEL)$(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))),0)
 ifeq ($(filter help test test_% torture clean .venv/installed,$(MAKECMDGOALS)),)
-HOLDER := $(shell mkdir -p $(RUN); kill -0 "$$(cat $(LOCK) 2>/dev/null)" 2>/dev/null || rm -f $(LOCK); \
-	(set -C; echo $$PPID > $(LOCK)) 2>/dev/null; grep -vx $$PPID $(LOCK))
-$(if $(HOLDER),$(error another make (process $(HOLDER)) is at work on $(RUN): wait for it, or stop it))
+HOLDER := $(shell $(hold))
+$(if $(HOLDER),$(error $(HOLDER): wait for it, or stop it))
 endif
 endif
 
@@ -90,21 +100,21 @@ endif
 
 all: $(RUN)/results/report.html
 	@cat $(RUN)/results/results.md $(if $(METHODS),$(RUN)/results/cost.md)
-	@rm -f $(LOCK)
+	@rm -f $(LOCKS)
 	@echo "Report: $(RUN)/results/report.html"
 	@echo "Pictures: $(RUN)/results/*.png $(RUN)/images/*.png $(RUN)/clusters/*.png $(RUN)/synthetic/*/*.png $(BASE)/*.png"
 
 # Worst-group accuracy against bias: make sweep, or make sweep BIAS="0.9 0.99".
 sweep: each-bias
 	$(PY) evaluate.py --sweep $(SWEEP:%=runs/$(DATASET)-%/results) --out runs/$(DATASET)-sweep
-	@rm -f $(LOCK)
+	@rm -f $(LOCKS)
 
 each-bias:
 	$(foreach b,$(SWEEP),+@$(MAKE) --no-print-directory BIAS=$(b) runs/$(DATASET)-$(b)/results/config.json$(newline)	)
 
 ablate:
 	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes RECIPES='$(sort $(foreach a,$(ABLATIONS),$($(a))))' ablations
-	@rm -f $(LOCK)
+	@rm -f $(LOCKS)
 	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"
 
 ablations: $(ABLATIONS:%=$(RUN)/ablations/%/config.json) $(RUN)/ablations/synthetic/config.json

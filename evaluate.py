@@ -96,8 +96,8 @@ def bootstrap_worst_group(right, members, draws, rng, runs=None):
 def intervals(predictions, table, references, draws=2000):
     """{recipe: {"worst_group": (low, high), "vs erm": (difference, low, high), ...}}, all of 95 %.
 
-    predictions: {recipe: {seed: rows}}; table: of summary; references: recipes that the others are compared with. A difference is this recipe's worst-group accuracy less the
-    reference's.
+    predictions: {recipe: {seed: rows}}; table: of summary; references: recipes that the others are compared with. A
+    difference is this recipe's worst-group accuracy less the reference's.
     """
     import numpy as np
 

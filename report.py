@@ -2,8 +2,8 @@
 
     python report.py --run runs/digits-0.95 --data data/digits-0.95 --out runs/digits-0.95/results/report.html
 
-Reads what the other stages left in RUN: results/, images/, ablations/, clusters/ and every config.json. Writes the one file OUT,
-which opens from disk without a network; every text in it is escaped.
+Reads what the other stages left in RUN: results/, images/, ablations/, clusters/ and every config.json. Writes the one
+file OUT, which opens from disk without a network; every text in it is escaped.
 """
 
 import base64

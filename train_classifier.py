@@ -226,6 +226,7 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
     """Trains the weights that the phase lets learn and leaves those of the epoch that was best on val.
 
     Returns its worst-group accuracy on val. An identification phase stops early and leaves those of its last epoch.
+    Raises FloatingPointError at the first epoch whose loss is no finite number.
     """
     device = next(model.parameters()).device
     last_layer = phase.learns == "last layer"
@@ -257,8 +258,8 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             optimizer.step()
             total += loss.item() / len(batches)
         if not total < float("inf"):
-            sys.exit(f"train_classifier.py: error: seed {seed}: loss is {total} in epoch {epoch} on {phase.images} "
-                     f"images (learning rate {rate:g}, batch {args.batch})")
+            raise FloatingPointError(f"seed {seed}: loss is {total} in epoch {epoch} on {phase.images} images "
+                                     f"(learning rate {rate:g}, batch {args.batch})")
         schedule.step()
         answers = model.last_layer(val_features).cpu() if last_layer else predict(model, val, args.resolution)
         accuracies = folder.group_accuracies(val.rows, answers.argmax(1).tolist())
@@ -331,6 +332,24 @@ def predict(model, images, size):
     return model.last_layer(features_of(model, images, size)).softmax(1).cpu()
 
 
+def train(phases, images, val, groups, classes, device, args, seed, log):
+    """Goes through a recipe's phases; images: {name: Images}. Returns (classifier, worst-group accuracy on val)."""
+    real = images["real"]
+    for phase in phases:
+        if phase is phases[0] or phase.drawn == "errors upsampled":
+            torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
+            model = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
+        if phase.loss == "logistic_regression":
+            best = fit_last_layer(model, val, args, seed)
+        else:
+            losses = Losses(images[phase.images], groups, args)
+            best = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
+        if phase.learns == "identification":
+            real.errors = predict(model, real, args.resolution).argmax(1) != real.y
+            print(f"{args.out.name} seed {seed}: {real.errors.sum()} of {len(real)} images to be upsampled")
+    return model, best
+
+
 # ------------------------------------------------------------------------------------------------ the stage
 
 
@@ -361,22 +380,18 @@ def main():
         if phases[0].images in ("mixed", "filled"):
             images[phases[0].images] = real.joined(drawn, phases[0].images == "filled")
         val, test = (Images(args.data, rows[split], args.load_size, groups) for split in ("val", "test"))
+    failures = []
     for seed in todo:
         start, log = time.monotonic(), []
-        for phase in phases:
-            if phase is phases[0] or phase.drawn == "errors upsampled":
-                torch.manual_seed(folder.seed_of(seed))  # the first weights of a seed are the same for every recipe
-                model = Classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
-            if phase.loss == "logistic_regression":
-                best = fit_last_layer(model, val, args, seed)
-            else:
-                losses = Losses(images[phase.images], len(groups), args)
-                best = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
-            if phase.learns == "identification":
-                real.errors = predict(model, real, args.resolution).argmax(1) != real.y
-                print(f"{args.out.name} seed {seed}: {real.errors.sum()} of {len(real)} images to be upsampled")
+        try:
+            model, best = train(phases, images, val, len(groups), classes, device, args, seed, log)
+        except FloatingPointError as error:
+            failures.append(f"train_classifier.py: error: {error}")
+            continue
         publish(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, start)
         print(f"{args.out.name} seed {seed}: worst-group accuracy on val {best:.3f}", flush=True)
+    if failures:
+        sys.exit("\n".join(failures))
     if shards == 1:
         for path in args.out.glob("seed*"):
             if path.name not in {f"seed{seed}" for seed in args.seeds}:

@@ -52,7 +52,8 @@ METADATA = {  # what stands in it, and what is said of it
     "no header": (GOOD * 2, "stands 0 times"),
     "no column split": ("file_name,y,a,text\nimages/train-0-0-0.png,0,0,hi\n", "column split stands 0 times"),
     "no column text": ("file_name,split,y,a\nimages/train-0-0-0.png,train,0,0\n", "column text stands 0 times"),
-    "a column twice": ("file_name,split,y,y,a,text\nimages/train-0-0-0.png,train,0,1,0,hi\n", "column y stands 2 times"),
+    "a column twice": ("file_name,split,y,y,a,text\nimages/train-0-0-0.png,train,0,1,0,hi\n",
+                       "column y stands 2 times"),
     "other capitals": (HEAD.upper() + GOOD, "column file_name stands 0 times"),
     "semicolons": ((HEAD + GOOD).replace(",", ";"), "column file_name stands 0 times"),
     "tabs": ((HEAD + GOOD).replace(",", "\t"), "column file_name stands 0 times"),
@@ -507,8 +508,8 @@ def test_predictions_that_are_none_are_one_line(what, place, tmp_path):
 
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=not LONG,
                 suppress_health_check=list(HealthCheck))
-FIELDS = st.one_of(st.sampled_from(["0", "1", "train", "val", "x.png", "y.png", "./x.png", "../x", "hi", "", " ", "-1"]),
-                   st.text(max_size=8), st.text(string.printable, max_size=8))
+FIELDS = st.one_of(st.sampled_from(["0", "1", "train", "val", "x.png", "y.png", "./x.png", "../x", "hi", "", " ", "-1"
+                                    ]), st.text(max_size=8), st.text(string.printable, max_size=8))
 
 
 @FUZZ

@@ -1,4 +1,4 @@
-"""Whatever happens to a run, the same command goes on to the same bytes: kills, Ctrl-C, a full disk; and 100,000 images.
+"""Whatever happens to a run, the same command goes on to the same bytes: kills, Ctrl-C, full disks; and 100,000 images.
 
 `make torture` does it at length, `make test` in short.
 """

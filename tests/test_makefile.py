@@ -33,7 +33,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
-SECONDS = (".make.pid", "config.json", "cost.csv", "cost.md", "report.html")  # these tell how long things took
+SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
@@ -137,13 +137,23 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_hang_on_it(hous
         made["ablations/prior"] + " "
 
 
-def test_a_second_make_is_refused_while_the_first_lives_and_not_after(house):
-    with subprocess.Popen(["sleep", "60"]) as first:
-        (house / "runs" / "digits-0.95" / ".make.pid").write_text(f"{first.pid}\n")
-        done = subprocess.run(["make", *TINY], cwd=house, capture_output=True, text=True, env=environment())
+@pytest.mark.parametrize("locked, args", (("digits-0.95", ()), ("digits-0.99", ("sweep", "BIAS=0.9 0.99")),
+                                          ("digits-0.95-seed1", ("MODEL_SEEDS=0 1",))))
+def test_a_second_make_on_the_same_run_is_refused_while_the_first_lives(house, locked, args):
+    with subprocess.Popen(["make", "--eval", "wait:; @sleep 60", "wait"], cwd=house, env=environment()) as first:
+        (house / "runs" / f"{locked}.pid").write_text(f"{first.pid}\n")
+        done = subprocess.run(["make", *TINY, *args], cwd=house, capture_output=True, text=True, env=environment())
         first.kill()
-    assert done.returncode == 2 and f"another make (process {first.pid}) is at work on runs/digits-0.95" in done.stderr
-    assert "| erm |" in make(house) and not (house / "runs" / "digits-0.95" / ".make.pid").exists()
+    assert done.returncode == 2 and f"another make (process {first.pid}) is at work on {locked}: wait" in done.stderr
+    assert [path.name for path in (house / "runs").glob("*.pid")] == [f"{locked}.pid"]
+    (house / "runs" / f"{locked}.pid").unlink()
+
+
+def test_what_a_dead_make_held_is_taken_over_though_its_number_lives_on(house):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (house / "runs" / "digits-0.95.pid").write_text(f"{other.pid}\n")
+        assert "| erm |" in make(house) and not list((house / "runs").glob("*.pid"))
+        other.kill()
 
 
 def test_help_shows_the_settings_and_their_values(house):

@@ -1,12 +1,14 @@
 """train_classifier.py: the losses by hand, the stage by its files."""
 
 import csv
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, run
+from conftest import ROOT, files_of, run
 from torch.nn import functional as F
 
 from data import imagefolder as folder
@@ -177,6 +179,15 @@ def test_finished_seeds_are_kept_and_dropped_ones_go(dataset, tmp_path):
     run(*args, 0, 1, "--out", tmp_path / "erm")
     assert "seed 1" not in (text := run(*args, 1, 2, "--out", tmp_path / "erm")) and "seed 2" in text
     assert sorted(path.name for path in (tmp_path / "erm").iterdir()) == ["config.json", "seed1", "seed2"]
+
+
+def test_a_loss_that_is_no_number_stops_each_seed_and_publishes_nothing(dataset, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_classifier.py", "--recipe", "erm", "--data", dataset,
+                           "--seeds", "0", "1", "--learning-rate", "1e30", "--out", tmp_path / "erm"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.glob("erm/*"))
+    for seed in (0, 1):
+        assert f"train_classifier.py: error: seed {seed}: loss is nan in epoch 1 on real images (" in done.stderr
 
 
 def test_synthetic_images_are_asked_for_and_refused_where_they_do_not_belong(dataset, vanilla, tmp_path):
