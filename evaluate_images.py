@@ -147,7 +147,8 @@ def judged_attribute(rows, source, colours):
 
 
 def group_rows(method, rows, embeddings, real, counts):
-    """[{method, group, images, rejected, kid, precision, recall, density, coverage, too_near}], empty where unknown.
+    """[{method, group, clusters, images, rejected, kid, precision, recall, density, coverage, too_near}], empty where
+    unknown; clusters: in how many the group was drawn.
 
     real: {"train" or "held-out": (rows, embeddings)}; counts: of generate.py, how many candidates got which verdict.
     """
@@ -157,7 +158,8 @@ def group_rows(method, rows, embeddings, real, counts):
             (rows, embeddings), real["held-out"], real["train"]))
         tried = [verdicts for unit, verdicts in counts.items() if unit == group or unit.startswith(f"{group}-")]
         total = sum(sum(verdicts.values()) for verdicts in tried)
-        line = {"method": method, "group": group, "images": size,
+        units = {rows[i].get("unit") for i in folder.members_of(group, rows)}
+        line = {"method": method, "group": group, "clusters": len(units), "images": size,
                 "rejected": 1 - sum(verdicts["kept"] for verdicts in tried) / total if total else None,
                 "kid": kernel_distance(points, held_out),
                 **dict.fromkeys(("precision", "recall", "density", "coverage")),

@@ -10,11 +10,13 @@ import base64
 import html
 import json
 from pathlib import Path
+from statistics import mean
 from string import Template
 
 from data import imagefolder as folder
 from evaluate import MEASURES
 
+TODO = "run evaluate_images.py and evaluate.py for this run first"
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -24,6 +26,7 @@ PAGE = Template("""<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } .answer { font-size: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+summary { cursor: pointer; margin: .5rem 0 }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
 img { max-width: 100% } .wide img { max-width: none } pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }
 .bad { color: #b00020 }
@@ -76,6 +79,26 @@ def recipes_table(rows):
          *(interval(row, name, "+.3f") if row[name] else "" for name in compared)] for row in rows])
 
 
+def groups_table(results, images, sizes):
+    """The recipes in each group, the rarest first: their accuracy, and what their synthetic images of it are like.
+
+    results: folder of evaluate.py; images: of evaluate_images.py, if there is one; sizes: {group: training images}.
+    """
+    measured = folder.read_rows(images / "groups.csv", TODO) if images.is_dir() else []
+    of_images = {(row["method"], row["group"]): row for row in measured}
+    accuracies = {}
+    for row in folder.read_rows(results / "results.csv", TODO):
+        if row["metric"] == "accuracy":
+            accuracies.setdefault((row["group"], row["recipe"]), []).append(float(row["value"]))
+    columns, rows = ("clusters", "coverage", "too_near"), []
+    for group, recipe in sorted(accuracies, key=lambda key: (sizes.get(key[0], 0), key[0])):
+        about = of_images.get((recipe.split("+")[-1], group), {})
+        rows.append([f"{group} ({sizes.get(group, 0)})", recipe, f"{mean(accuracies[group, recipe]):.3f}",
+                     *(about.get(name, "") for name in columns)])
+    names = ["group (training images)", "recipe", "accuracy", *(name.replace("_", " ") for name in columns)]
+    return f"<details><summary>Group by group, the rarest first</summary>{table(names, rows)}</details>"
+
+
 def picture(path, wide=True):
     """An image of a run, inside the page; a wide one keeps its size and is scrolled."""
     text = base64.b64encode(path.read_bytes()).decode()
@@ -120,8 +143,8 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="real images: folder in the one format")
     parser.add_argument("--out", type=Path, required=True, help="html file to write")
     args = parser.parse_args()
-    results, todo = args.run / "results", "run evaluate_images.py and evaluate.py for this run first"
-    rows = folder.read_rows(results / "intervals.csv", todo)
+    results = args.run / "results"
+    rows = folder.read_rows(results / "intervals.csv", TODO)
     groups = folder.group_counts(folder.read_metadata(args.data, "train"))
     collapsed = [row["recipe"] for row in rows if int(row["collapsed"])]
     body = [section("Recipes", "Sorted by worst-group accuracy; in brackets 95 % bootstrap intervals over test images "
@@ -129,9 +152,10 @@ def main():
                     recipes_table(rows),
                     *([f'<p class="bad">Collapsed, a seed or more answers with one class alone: '
                        f'{html.escape(", ".join(collapsed))}</p>'] if collapsed else []),
-                    picture(results / "worst_group.png", wide=False))]
+                    picture(results / "worst_group.png", wide=False),
+                    groups_table(results, args.run / "images", groups))]
     if (args.run / "images" / "synthetic.csv").is_file():
-        made = folder.read_rows(args.run / "images" / "synthetic.csv", todo)
+        made = folder.read_rows(args.run / "images" / "synthetic.csv", TODO)
         body += [section("Synthetic images", MEASURES, table(list(made[0]), [row.values() for row in made]),
                          picture(results / "images.png")),
                  section("Closest pairs", "The synthetic images nearest to a training image, above that image: are "
@@ -140,8 +164,9 @@ def main():
     ablations = sorted(path.parent for path in (args.run / "ablations").glob("*/intervals.csv"))
     if ablations:
         body.append(section("Ablations", "Worst-group accuracy of clustered with one setting changed.", *(
-            f"<h3>{html.escape(path.name)}</h3>" + recipes_table(folder.read_rows(path / "intervals.csv", todo))
-            + picture(path / "worst_group.png", wide=False) for path in ablations)))
+            f"<h3>{html.escape(path.name)}</h3>" + recipes_table(folder.read_rows(path / "intervals.csv", TODO))
+            + picture(path / "worst_group.png", wide=False)
+            + groups_table(path, args.run / "ablations" / "synthetic", groups) for path in ablations)))
     for name, what in (("clusters", "each group"), ("modes", "each class, across its groups")):
         sheets = sorted((args.run / name).glob("*.png"))
         if sheets:

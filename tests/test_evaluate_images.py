@@ -8,7 +8,7 @@ import pytest
 from conftest import run
 
 from data import imagefolder as folder
-from evaluate_images import kernel_distance, precision_recall_density_coverage, too_near
+from evaluate_images import claims, kernel_distance, precision_recall_density_coverage, too_near
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,13 @@ def test_copies_of_training_images_are_too_near_and_new_ones_as_often_as_real_on
     assert too_near(new, train, held_out)[0] < 0.03
 
 
+def test_clip_tells_class_and_attribute_apart():
+    """Four images that all claim y0-a1 and look like y0-a1, y0-a0, y1-a1 and y1-a0: half of each is as claimed."""
+    prompts = dict(zip(("y0-a0", "y0-a1", "y1-a0", "y1-a1"), np.eye(4)))
+    found = claims([{"y": 0, "a": 1}] * 4, np.eye(4)[[1, 0, 3, 2]], prompts)
+    assert found == {"clip_class": 0.5, "clip_attribute": 0.5}
+
+
 def test_a_synthetic_set_is_measured_and_asked_whether_it_is_what_it_claims(base, dataset, vanilla, tmp_path):
     """The judge of colour knows the grounds: real images in the place of synthetic ones are all right."""
     run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--seeds", 0, "--epochs", 1, "--out",
@@ -53,6 +60,7 @@ def test_a_synthetic_set_is_measured_and_asked_whether_it_is_what_it_claims(base
     assert float(copies["kid"]) < float(drawn["kid"]) and 0 <= float(drawn["too_near"]) <= 1
     with open(tmp_path / "images" / "groups.csv") as file:
         rows = list(csv.DictReader(file))
+    assert [row["clusters"] for row in rows[:8]] == ["1"] * 8
     assert [row["group"] for row in rows] == ["y0-a0", "y0-a1", "y1-a0", "y1-a1"] * 3 and rows[0]["method"] == "real"
     assert {"config.json", "cost.csv", "vanilla.png", "copies.png"} <= {p.name for p in (tmp_path / "images").iterdir()}
 

@@ -31,5 +31,6 @@ def test_a_page_needs_no_network_escapes_every_text_and_flags_a_collapsed_classi
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;" in page and "Collapsed" in page
     assert "<h3>k&lt;script&gt;</h3>" in page
+    assert "<td>y0-a1 (3)</td><td>&lt;script&gt;alert(1)&lt;</td><td>0.000</td>" in page
     assert not re.search('(src|href)=(?!"data:)', page) and "http" not in page
     run("report.py", "--run", tmp_path, "--data", dataset, "--out", tmp_path / "r", fails="intervals.csv: can't be")
