@@ -79,11 +79,12 @@ PY      = .venv/bin/python
 # share and nobody has made yet; a second one on any of these is refused while it lives.
 BIASES = $(if $(filter sweep,$(MAKECMDGOALS)),$(SWEEP),$(BIAS))
 LOCKS := $(patsubst %,runs/%.pid,$(notdir $(foreach BIAS,$(BIASES),$(foreach s,$(MODEL_SEEDS),$(call run_of,$(s)))) \
-	$(if $(wildcard .venv/installed),,.venv) $(if $(wildcard $(BASE)/config.json),,$(filter base/miniature,$(BASE)))))
+	$(if $(wildcard .venv/installed),,venv) $(if $(wildcard $(BASE)/config.json),,$(filter base/miniature,$(BASE)))))
 define hold
-mkdir -p runs; for lock in $(LOCKS); do
+mkdir -p runs; for lock in runs/*.pid; do
   pid=$$(cat $$lock 2>/dev/null);
   [ "$$pid" != $$PPID ] && { ps -o comm= -p "$$pid" || cat "/proc/$$pid/comm"; } 2>/dev/null | grep -q make || rm -f $$lock;
+done; for lock in $(LOCKS); do
   (set -C; echo $$PPID > $$lock) 2>/dev/null && held="$$held $$lock" && continue;
   rm -f $$held; echo "another make (process $$(cat $$lock)) is at work on $$(basename $$lock .pid)"; break;
 done

@@ -20,7 +20,10 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-from data import imagefolder as folder  # before torch: it makes a Ctrl-C while that is imported one line
+from data import imagefolder as folder
+
+if __name__ == "__main__":
+    folder.end_at_ctrl_c()  # torch takes seconds to import
 
 import torch
 from torch import nn

@@ -32,16 +32,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 
-def _interrupted(kind, error, trace):
-    """Ctrl-C before run() is there to catch it: torch takes seconds to import."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(INTERRUPTED.format(Path(sys.argv[0]).name), file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _interrupted
-INTERRUPTED = "{}: interrupted (the same command goes on from here)"
 GO_ON = "(the same command goes on once this is mended)"
 REQUIRED = ("file_name", "split", "y", "a", "text")
 SPLITS = ("train", "val", "test")
@@ -130,16 +120,30 @@ def shard_of(text):
     return i, n
 
 
+def end_at_ctrl_c():
+    """From here on Ctrl-C, and the SIGTERM by which make -j ends its children, are one line and status 130, at once.
+
+    No KeyboardInterrupt is raised: libraries swallow it, torch while it is imported. Nothing needs to be put in order
+    either, as what a killed process leaves never looks finished.
+    """
+    def end(number, frame):
+        line = f"{Path(sys.argv[0]).name}: interrupted (the same command goes on from here)\n"
+        os.write(2, ("\n" * os.isatty(2) + line).encode())  # a bar may stand in the terminal's line
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what it puts in the background
+            signal.signal(number, end)
+
+
 def run(main):
     """Runs a script's main(): a wrong input or a full disk is one line and status 2, Ctrl-C one line and 130."""
     script = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # make -j ends its children with SIGTERM
+    end_at_ctrl_c()
     try:
         main()
     except InputError as error:
         sys.exit(_last_words(f"{script}: error: {error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_last_words(INTERRUPTED.format(script), 130))
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
