@@ -107,6 +107,9 @@ def load_model(read, name, flag):
             for weight, values in part.named_parameters() if hasattr(part, "named_parameters") else ():
                 if not values.isfinite().all():
                     raise ValueError(f"its weight {weight} is not finite")
+        tokenizer = getattr(model, "tokenizer", None)  # without its files it is there all the same, and empty
+        if tokenizer is not None and set(tokenizer("a photo").input_ids) <= set(tokenizer.all_special_ids):
+            raise ValueError("its tokenizer knows no words")
         return model
     except Exception as error:  # these loaders raise OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -149,6 +152,8 @@ def load_pipeline(name, dtype):
     pipe = load_model(read, str(name), "--base")
     if pipe.unet.config.addition_embed_type:
         raise folder.InputError(f"--base {name}", "is a Stable Diffusion XL", "give a Stable Diffusion 1.x or 2.x")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise folder.InputError(f"--base {name}", "paints into images", "give a model that draws from a prompt alone")
     return pipe
 
 

@@ -186,13 +186,21 @@ def save_closest(path, rows, source, embeddings, data, train, train_embeddings):
     folder.contact_sheet(lines, labels).save(path)
 
 
+def config_of(source):
+    """What generate.py says of a synthetic set; {} of images that were made elsewhere."""
+    try:
+        return json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def cost(source):
     """What a synthetic set took, to its last unit: seconds of fine-tuning and of generation, MB of weights on disk."""
     def seconds(where):
         configs = [json.loads(path.read_text(encoding="utf-8")) for path in Path(where).glob("*/config.json")]
         return sum(config.get("seconds", 0) for config in configs)
 
-    models = json.loads((source / "config.json").read_text(encoding="utf-8"))["arguments"]["models"]
+    models = config_of(source).get("arguments", {}).get("models")
     weights = sum(path.stat().st_size for path in Path(models).rglob("*.safetensors")) if models else 0
     return {"method": source.name, "fine-tuning, s": round(seconds(models)) if models else 0,
             "generation, s": round(seconds(source)), "weights, MB": f"{weights / 1e6:.1f}"}
@@ -226,8 +234,7 @@ def main():
         out.mkdir()
         for source, rows in sets.items():
             embeddings = embed_images(clip, source, rows, args.batch).astype(float)
-            counts = json.loads((source / "config.json").read_text(encoding="utf-8")).get("counts", {})
-            mine = group_rows(source.name, rows, embeddings, real, counts)
+            mine = group_rows(source.name, rows, embeddings, real, config_of(source).get("counts", {}))
             groups += mine
             line = {"method": source.name, "images": len(rows)}
             line |= {name: mean(float(row[name]) for row in mine if row[name] != "")

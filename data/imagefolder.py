@@ -303,7 +303,7 @@ def load_image(path, size):
 
 
 def check_images(folder, rows):
-    """Decodes the images of some rows. Raises InputError with their number and the first one's fault, if any is broken."""
+    """Decodes the images of some rows. Raises InputError with their number and the first one's fault if any is broken."""
     from tqdm import tqdm
 
     broken = []
@@ -318,7 +318,7 @@ def check_images(folder, rows):
 
 
 def read_rows(path, todo):
-    """The rows of a csv that a stage wrote, as dicts of str; InputError, with what `todo` about it, if it can't be read."""
+    """The rows of a csv that a stage wrote, as dicts of str; InputError, with what `todo` about it, if it is broken."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file, strict=True))
@@ -332,8 +332,10 @@ def read_rows(path, todo):
 def write_csv(path, rows, columns=None):
     """Writes dicts as csv through a hidden sibling, so that a killed process leaves the old file or the new one."""
     columns = columns or list(rows[0])
+    bare = not any("\r" in str(value) for row in rows for value in row.values())  # csv quotes "\n" by itself
     with replacing(path) as hidden, open(hidden, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="raise")
+        quoting = csv.QUOTE_MINIMAL if bare else csv.QUOTE_ALL
+        writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows(rows)
 

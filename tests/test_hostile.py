@@ -417,7 +417,10 @@ BASES = {
     "wrong shapes": lambda base: edited(base / "unet" / "config.json", cross_attention_dim=8),
     "NaN weights": lambda base: with_weights(base / UNET, lambda name, value: value * float("nan")),
     "an infinite weight": lambda base: with_weights(base / TEXT, lambda name, value: value + float("inf")),
-    "another pipeline": lambda base: edited(base / "model_index.json", _class_name="DiTPipeline"),
+    "an inpainting model": lambda base: (edited(base / "unet" / "config.json", in_channels=9), with_weights(
+        base / UNET, lambda name, value: value.repeat(1, 3, 1, 1)[:, 3:].contiguous()
+        if name == "conv_in.weight" else value)),
+    "no tokenizer": lambda base: [path.unlink() for path in (base / "tokenizer").iterdir()],
     "remote code": lambda base: edited(base / "model_index.json", unet=["evil", "UNet"]),
     "an XL": lambda base: edited(base / "unet" / "config.json", addition_embed_type="text_time"),
 }
