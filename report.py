@@ -90,11 +90,11 @@ def groups_table(results, images, sizes):
     for row in folder.read_rows(results / "results.csv", TODO):
         if row["metric"] == "accuracy":
             accuracies.setdefault((row["group"], row["recipe"]), []).append(float(row["value"]))
-    columns, rows = ("clusters", "coverage", "too_near"), []
+    columns, rows = ("clusters", "recall", "coverage", "too_near"), []
     for group, recipe in sorted(accuracies, key=lambda key: (sizes.get(key[0], 0), key[0])):
         about = of_images.get((recipe.split("+")[-1], group), {})
         rows.append([f"{group} ({sizes.get(group, 0)})", recipe, f"{mean(accuracies[group, recipe]):.3f}",
-                     *(about.get(name, "") for name in columns)])
+                     *(about.get(name, "")[:5] for name in columns)])
     names = ["group (training images)", "recipe", "accuracy", *(name.replace("_", " ") for name in columns)]
     return f"<details><summary>Group by group, the rarest first</summary>{table(names, rows)}</details>"
 
