@@ -92,9 +92,9 @@ def groups_table(results, images, sizes):
             accuracies.setdefault((row["group"], row["recipe"]), []).append(float(row["value"]))
     columns, rows = ("clusters", "recall", "coverage", "too_near"), []
     for group, recipe in sorted(accuracies, key=lambda key: (sizes.get(key[0], 0), key[0])):
-        about = of_images.get((recipe.split("+")[-1], group), {})
+        about = [of_images.get((recipe.split("+")[-1], group), {}).get(name, "") for name in columns]
         rows.append([f"{group} ({sizes.get(group, 0)})", recipe, f"{mean(accuracies[group, recipe]):.3f}",
-                     *(about.get(name, "")[:5] for name in columns)])
+                     *(f"{float(value):.3f}" if "." in value else value for value in about)])
     names = ["group (training images)", "recipe", "accuracy", *(name.replace("_", " ") for name in columns)]
     return f"<details><summary>Group by group, the rarest first</summary>{table(names, rows)}</details>"
 
