@@ -139,8 +139,10 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_hang_on_it(hous
 
 @pytest.mark.parametrize("locked, args", (("digits-0.95", ()), ("digits-0.99", ("sweep", "BIAS=0.9 0.99")),
                                           ("digits-0.95-seed1", ("MODEL_SEEDS=0 1",))))
-def test_a_second_make_on_the_same_run_is_refused_while_the_first_lives(house, locked, args):
-    with subprocess.Popen(["make", "--eval", "wait:; @sleep 60", "wait"], cwd=house, env=environment()) as first:
+def test_a_second_make_on_the_same_run_is_refused_while_the_first_lives(house, locked, args, tmp_path):
+    with subprocess.Popen(["make", "-f-", "wait"], stdin=subprocess.PIPE, cwd=tmp_path, env=environment()) as first:
+        first.stdin.write(b"wait:; @sleep 60")
+        first.stdin.close()
         (house / "runs" / f"{locked}.pid").write_text(f"{first.pid}\n")
         done = subprocess.run(["make", *TINY, *args], cwd=house, capture_output=True, text=True, env=environment())
         first.kill()
