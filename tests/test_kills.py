@@ -29,8 +29,6 @@ SMALL = (f"RECIPES=erm vanilla lora{' clustered' * LONG}", "SEEDS=0 1", "IMAGES=
 SCRIPTS = {"data/prepare.py": 1, "base/pretrain.py": 10, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
            "train_classifier.py": 6, "evaluate_images.py": 6, "evaluate.py": 2, "report.py": 0.3}
 SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # what tells how long things took
-# A shell lets what it starts in the background ignore Ctrl-C, and so would all that is started here.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
 
 
