@@ -21,7 +21,7 @@ from PIL import Image
 from data import imagefolder as folder
 
 KILLS, INTERRUPTS, IMAGES = (50, 10, 100_000) if LONG else (2, 1, 2_000)
-SMALL = (f"RECIPES=erm vanilla lora{' clustered' * LONG}", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2", "K=2", "CLUSTERED=",
+SMALL = (f"RECIPES=erm lora{' vanilla clustered' * LONG}", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2", "K=2", "CLUSTERED=",
          "LORA=--steps 4 --batch 2 --checkpoint-every 1", "DREAMBOOTH=--steps 3 --batch 1 --checkpoint-every 1",
          "GENERATE=--steps 2 --batch 2 --clip-threshold 0",
          "PRETRAIN=--images 100 --vae-steps 2 --clip-steps 2 --unet-steps 2")
@@ -139,7 +139,8 @@ def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_go_on(ho
         interrupts, slowest = interrupts + 1, max(slowest, seconds)
         assert seconds < 10 and status != 0
         assert "Traceback" not in output, output[-3000:]
-        assert "interrupted (the same command goes on from here)" in output
+        done = output.rstrip().endswith("Interrupt")  # says make, where the script had done its work and was about to end
+        assert "interrupted (the same command goes on from here)" in output or done, output[-3000:]
     with open(house.parent / "log", "w") as log:
         assert start(house, 2, log).wait() == 0
     same(house, undisturbed)
