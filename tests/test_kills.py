@@ -139,7 +139,7 @@ def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_go_on(ho
         interrupts, slowest = interrupts + 1, max(slowest, seconds)
         assert seconds < 10 and status != 0
         assert "Traceback" not in output, output[-3000:]
-        done = output.rstrip().endswith("Interrupt")  # says make, where the script had done its work and was about to end
+        done = output.rstrip().endswith("Interrupt")  # says make, where the script had done its work and was ending
         assert "interrupted (the same command goes on from here)" in output or done, output[-3000:]
     with open(house.parent / "log", "w") as log:
         assert start(house, 2, log).wait() == 0
