@@ -189,9 +189,10 @@ def save_closest(path, rows, source, embeddings, data, train, train_embeddings):
 def config_of(source):
     """What generate.py says of a synthetic set; {} of images that were made elsewhere."""
     try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def cost(source):

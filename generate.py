@@ -144,8 +144,9 @@ def draws_of(prompts, models, args):
         try:
             trained = json.loads(config.read_text(encoding="utf-8"))["draws"]
             for draw in trained:  # unit and suffix become names of folders
-                if not (re.fullmatch(r"all|y\d+-a\d+(-c\d+)?", draw["unit"]) and re.fullmatch(r"(-c\d+)?", draw["suffix"])
-                        and type(draw["y"]) is int and draw["images"] > 0):
+                if not (re.fullmatch(r"all|y\d+-a\d+(-c\d+)?", draw["unit"])
+                        and re.fullmatch(r"(-c\d+)?", draw["suffix"])
+                        and {int} == {type(draw[name]) for name in ("y", "images")} and draw["images"] > 0):
                     raise ValueError(draw)
                 draw["a"], draw["key"], draw["prompt"].replace("", "")
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
