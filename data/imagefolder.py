@@ -32,6 +32,16 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 
+def _interrupted(kind, error, trace):
+    """Ctrl-C before end_at_ctrl_c(), while a script's first lines import."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED.format(Path(sys.argv[0]).name), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _interrupted
+INTERRUPTED = "{}: interrupted (the same command goes on from here)"
 GO_ON = "(the same command goes on once this is mended)"
 REQUIRED = ("file_name", "split", "y", "a", "text")
 SPLITS = ("train", "val", "test")
@@ -127,7 +137,7 @@ def end_at_ctrl_c():
     either, as what a killed process leaves never looks finished.
     """
     def end(number, frame):
-        line = f"{Path(sys.argv[0]).name}: interrupted (the same command goes on from here)\n"
+        line = INTERRUPTED.format(Path(sys.argv[0]).name) + "\n"
         os.write(2, ("\n" * os.isatty(2) + line).encode())  # a bar may stand in the terminal's line
         os._exit(130)
 
