@@ -3,13 +3,13 @@
     python base/pretrain.py --out base/miniature
     python base/pretrain.py --vae-steps 2 --clip-steps 2 --unet-steps 2 --out /tmp/base     (seconds; a smoke test)
 
-They learn *printed* digits, in the fonts that matplotlib ships, on grounds of eight colours, with captions at
-several levels (which digit, odd or even, which colour), and never see handwriting: to our handwritten digits
-they are what a model of the web's pictures is to Waterbirds.
+They learn *printed* digits, in the fonts that matplotlib ships, on backgrounds of eight colours, with captions at
+several levels (which digit, odd or even, which colour), and never see handwriting: they relate to our handwritten digits
+as a model trained on images from the web relates to Waterbirds.
 
 Writes OUT in the layout of diffusers (`StableDiffusionPipeline.from_pretrained(OUT)`), with the CLIP in OUT/clip
-(`CLIPModel.from_pretrained(OUT/clip)`), and two sheets to judge them by: OUT/printed.png (the training images)
-and OUT/samples.png (the model's own).
+(`CLIPModel.from_pretrained(OUT/clip)`), and two sheets to look at: OUT/printed.png (training images)
+and OUT/samples.png (images of the model).
 """
 
 import json
@@ -17,8 +17,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import imagefolder as folder
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+from common import files, imagefolder, models, stage
+
+np = stage.lazy("numpy")
+torch = stage.lazy("torch")
+# diffusers and transformers take seconds to import, so the functions that need them import them
 
 SIZE = 32
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -51,10 +57,6 @@ def digit_fonts():
 
 def printed_digits(count, seed):
     """Returns images (count, 3, 32, 32) float in [-1, 1] and their (digit, colour), each an index (count, 2)."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageDraw, ImageFont
-
     fonts = [ImageFont.truetype(str(path), 48) for path in digit_fonts()]
     rng = np.random.default_rng(seed)
     palette = np.array(list(COLOURS.values()))
@@ -70,8 +72,8 @@ def printed_digits(count, seed):
         offset = 48 - matrix @ (SIZE / 2 + rng.uniform(-1.5, 1.5, size=2))
         coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
         ink = np.asarray(glyph.transform((SIZE, SIZE), Image.AFFINE, coefficients, Image.BICUBIC), float) / 255
-        ground = palette[colour] + rng.integers(-25, 26, size=3)
-        image[:] = (1 - ink[..., None]) * ground + ink[..., None] * 245
+        background = palette[colour] + rng.integers(-25, 26, size=3)
+        image[:] = (1 - ink[..., None]) * background + ink[..., None] * 245
     images = torch.from_numpy(images.clip(0, 255)).permute(0, 3, 1, 2) / 127.5 - 1
     return images.contiguous(), torch.from_numpy(labels)
 
@@ -149,13 +151,10 @@ def make_unet():
 
 def optimise(name, model, loss_of, steps, rate):
     """Minimises loss_of(step) over the model's weights: AdamW, linear warm-up, cosine decay to zero."""
-    import torch
-    from tqdm import trange
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     model.train()
-    bar = trange(steps, desc=name, mininterval=1, disable=None)
+    bar = imagefolder.progress(range(steps), name, "step")
     for step in bar:
         loss = loss_of(step)
         loss.backward()
@@ -176,8 +175,6 @@ def train_clip(clip, tokenizer, images, labels, steps, rate):
     images with the same caption share it. The first quarter of the steps only names digits: with all levels from
     the start the towers settle on the colour and stay there (zero-shot accuracy on printed digits 0.51, not 0.96).
     """
-    import torch
-
     clip.text_model.embeddings.token_embedding.weight.data.mul_(20)  # far apart, so that words are told apart at once
 
     def loss_of(step):
@@ -198,8 +195,6 @@ def train_clip(clip, tokenizer, images, labels, steps, rate):
 
 def train_vae(vae, images, steps, rate):
     """Absolute error of the reconstruction and a touch of KL (Rombach et al. 2022, section 3.1, no discriminator)."""
-    import torch
-
     def loss_of(step):
         batch = images[torch.randint(len(images), (32,))]
         latents = vae.encode(batch).latent_dist
@@ -217,8 +212,6 @@ def train_unet(unet, scheduler, latents, prompts, labels, steps, rate):
 
     latents: (N, 4, 8, 8), scaled to deviation 1. prompts: {(level, digit, colour) or None: (TOKENS, 64)}.
     """
-    import torch
-
     def loss_of(step):
         batch = torch.randint(len(latents), (64,))
         levels = torch.multinomial(torch.tensor(SHARES), 64, replacement=True)
@@ -236,38 +229,31 @@ def train_unet(unet, scheduler, latents, prompts, labels, steps, rate):
 
 def to_pil(images):
     """(N, 3, H, W) float in [-1, 1] -> PIL images."""
-    from PIL import Image
-
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(image) for image in pixels]
 
 
-def main():
-    parser = folder.Arguments(__doc__)
-    count = folder.number(int, 1)
-    parser.add_argument("--images", type=count, default=12000, help="printed digits to draw")
-    parser.add_argument("--vae-steps", type=count, default=400, help="of 32 images")
-    parser.add_argument("--clip-steps", type=count, default=800, help="of 128 images")
-    parser.add_argument("--unet-steps", type=count, default=1200, help="of 64 images")
-    parser.add_argument("--seed", type=int, default=0, help="of everything")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args()
+def main(argv=None):
+    args = parse(argv)
+    inputs = stage.begin(args)
+    key = files.digest(stage.settings_of(args), stage.code_digest(__file__))
+    if stage.is_made(args, key, inputs):
+        return print(f"{args.out}: up to date")
 
-    import torch
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-    from tqdm import tqdm
     from transformers import CLIPImageProcessor, CLIPProcessor
 
+    models.silence_libraries()
     torch.manual_seed(args.seed)
     images, labels = printed_digits(args.images, args.seed)
-    with folder.replacing(args.out) as out:
+    with files.replacing(args.out) as out:
         tokenizer = make_tokenizer(out / "tokenizer")
         clip = make_clip(tokenizer)
         train_clip(clip, tokenizer, images, labels, args.clip_steps, 1e-3)
 
         vae = make_vae().to(memory_format=torch.channels_last)
         train_vae(vae, images, args.vae_steps, 2e-3)
-        moments = [vae.encode(batch).latent_dist for batch in tqdm(images.split(64), "encode", disable=None)]
+        moments = [vae.encode(batch).latent_dist for batch in imagefolder.progress(images.split(64), "encode", "batch")]
         latents = torch.cat([moment.sample() for moment in moments])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
 
@@ -289,23 +275,34 @@ def main():
                                        image_std=[0.5] * 3)
         CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
         clip.save_pretrained(out / "clip")
-        save_sheets(out, pipe, images, labels)
-        folder.write_config(out, args, folder.digest(vars(args) | {"out": None}))
+        save_sheets(out, pipe, images, labels, args.samples)
+        stage.finish(out, args, key, inputs)
 
 
-def save_sheets(out, pipe, images, labels):
-    """printed.png: what was learned from. samples.png: a row of 16 a caption, digits and then parities."""
-    import torch
+def parse(argv=None):
+    parser = stage.Parser(__file__, __doc__)
+    count = stage.number(int, 1)
+    parser.add_argument("--images", type=count, default=12000, help="printed digits to draw")
+    parser.add_argument("--vae-steps", type=count, default=400, help="steps of 32 images")
+    parser.add_argument("--clip-steps", type=count, default=800, help="steps of 128 images")
+    parser.add_argument("--unet-steps", type=count, default=1200, help="steps of 64 images")
+    parser.add_argument("--samples", type=count, default=16, help="images per row of the two sheets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser.parse_args(argv)
 
-    rows = [to_pil(images[labels[:, 0] == digit][:16]) for digit in range(len(DIGITS))]
-    folder.contact_sheet(rows, DIGITS).save(out / "printed.png")
+
+def save_sheets(out, pipe, images, labels, width):
+    """printed.png: training images. samples.png: a row of images per caption, digits and then parities."""
+    rows = [to_pil(images[labels[:, 0] == digit][:width]) for digit in range(len(DIGITS))]
+    imagefolder.contact_sheet(rows, DIGITS).save(out / "printed.png")
     prompts = [caption(0, digit, digit % len(COLOURS)) for digit in range(len(DIGITS))]
     prompts += [caption(1, parity, colour) for parity in (0, 1) for colour in (0, 1)]
     pipe.set_progress_bar_config(disable=True)
-    rows = [pipe(prompt, num_images_per_prompt=16, num_inference_steps=20, guidance_scale=3.0,
+    rows = [pipe(prompt, num_images_per_prompt=width, num_inference_steps=20, guidance_scale=3.0,
                  generator=torch.Generator().manual_seed(0)).images for prompt in prompts]
-    folder.contact_sheet(rows, [prompt.removeprefix("a photo of ") for prompt in prompts]).save(out / "samples.png")
+    imagefolder.contact_sheet(rows, [prompt.removeprefix("a photo of ") for prompt in prompts]).save(out / "samples.png")
 
 
 if __name__ == "__main__":
-    folder.run(main)
+    stage.run(main)

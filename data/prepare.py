@@ -1,4 +1,4 @@
-"""Prepares a dataset in the one format (see imagefolder.py): images and a metadata.csv.
+"""Prepares a dataset in the one format (see common/imagefolder.py): images and a metadata.csv.
 
     python data/prepare.py digits --bias 0.95 --out data/digits-0.95
     python data/prepare.py waterbirds --root ~/waterbird_complete95_forest2water2 --out data/waterbirds-natural
@@ -6,25 +6,33 @@
     python data/prepare.py utkface --root ~/UTKFace --attribute race --bias 0.9 --out data/utkface-0.9
     python data/prepare.py folder --root ~/dogs --classes dog wolf --attributes grass snow --out data/dogs
 
-digits      scikit-learn's 1,797 handwritten digits, 32x32, white on a coloured ground: y = even (0) or odd (1), a = red
-            (0) or green (1), painted so that a share `bias` of each class is even on red, odd on green
+digits      scikit-learn's 1,797 handwritten digits, 32x32, white on a coloured background: y = even (0) or odd (1), a =
+            red (0) or green (1), so that a share `bias` of each class's training images is even on red, odd on green
 waterbirds  y = landbird, waterbird; a = land, water; its own splits
 celeba      y and a: any two of the 40 attributes; the official partition
 utkface     y = gender; a = young (up to 5) or old (20 to 50; other ages are left out), or race; splits by file name
-folder      your own: images and a metadata.csv with file_name, y, a, and perhaps split and text
+folder      your own images and a metadata.csv (or .jsonl) with file_name, y, a, and optionally split and text
 
---bias natural keeps the training images as they are; a number leaves just so many that this share of each class has
-the attribute that the class is tied to, the one most over-represented in it. It removes images of train and no others.
+--bias natural keeps the training images as they are. A number removes training images until this share of each class has
+the attribute that is most over-represented in it; val and test are never touched.
 
-Reads ROOT. Writes OUT/metadata.csv, OUT/images (for digits the images, else a link to yours) and OUT/config.json.
+Reads ROOT. Writes OUT/metadata.csv, OUT/images (the digits, or a link to your images), OUT/splits (the same once more, a
+folder per split: `load_dataset("imagefolder", data_dir=OUT)` tells the splits apart) and OUT/config.json.
 """
 
-import csv
 import hashlib
+import json
 import re
+import sys
 from pathlib import Path
 
-import imagefolder as folder
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+from common import files, imagefolder, stage
+from common.files import InputError
+
+np = stage.lazy("numpy")
 
 WORDS = {  # how a caption is made, and what it calls the classes and the attributes
     "digits": ("a photo of an {y} digit on a {a} background", ("even", "odd"), ("red", "green")),
@@ -43,53 +51,54 @@ SOURCES = {
 WATERBIRDS = {"y0-a0": 3498, "y0-a1": 184, "y1-a0": 56, "y1-a1": 1057}  # training images as published
 
 # ------------------------------------------------------------------------------- the datasets
-# Each takes the arguments and returns the folder of its images and a row an image: file_name (in that folder), y, a,
-# and split where the dataset has one.
+# Each takes the arguments and returns the folder of its images, a row per image (file_name in that folder, y, a, split), and
+# the table that the rows come from, with the number of its first row, for messages.
 
 
 def waterbirds(args):
     """Sagawa et al. 2020: metadata.csv with img_id, img_filename, y, split (0, 1, 2), place, place_filename."""
-    path = found(args, "metadata.csv")
-    rows = [{"file_name": row["img_filename"], "y": label(path, row["y"], 2), "a": label(path, row["place"], 2),
-             "split": folder.SPLITS[label(path, row["split"], 3)]}
-            for row in read_table(path, ("img_filename", "y", "split", "place"))]
-    counts = folder.group_counts(row for row in rows if row["split"] == "train")
+    path = find(args, "metadata.csv")
+    rows = [{"file_name": row["img_filename"], "y": label(path, line, "y", row, 2), "a": label(path, line, "place", row, 2),
+             "split": imagefolder.SPLITS[label(path, line, "split", row, 3)]}
+            for line, row in enumerate(read_csv(path, ("img_filename", "y", "split", "place")), 2)]
+    counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     if counts != WATERBIRDS:
-        print(f"note: train has the groups {counts}, published are {WATERBIRDS}")
-    return path.parent, rows
+        print(f"note: the training groups are {counts}, the published ones {WATERBIRDS}")
+    return path.parent, rows, (path, 2)
 
 
 def celeba(args):
     """Liu et al. 2015: the original txt files, or Kaggle's csv files; images in img_align_celeba, nested or not."""
-    attributes = found(args, "list_attr_celeba.txt", "list_attr_celeba.csv")
-    partition = found(args, "list_eval_partition.txt", "list_eval_partition.csv")
-    table = read_table(attributes, ("image_id",)) if attributes.suffix == ".csv" else read_attributes(attributes)
+    attributes = find(args, "list_attr_celeba.txt", "list_attr_celeba.csv")
+    partition = find(args, "list_eval_partition.txt", "list_eval_partition.csv")
+    table = read_csv(attributes, ("image_id",)) if attributes.suffix == ".csv" else read_attributes(attributes)
     for name, flag in ((args.target, "--target"), (args.attribute, "--attribute")):
         if name not in table[0]:
-            raise folder.InputError(f"{flag} {name}", f"is no column of {attributes}",
-                                    f"one of {', '.join(sorted(set(table[0]) - {'image_id'}))}")
+            raise InputError(f"{flag} {name}", f"is not a column of {attributes}",
+                             f"use one of {', '.join(sorted(set(table[0]) - {'image_id', ''}))}")
     if partition.suffix == ".csv":
-        splits = {row["image_id"]: row["partition"] for row in read_table(partition, ("image_id", "partition"))}
+        splits = {row["image_id"]: row["partition"] for row in read_csv(partition, ("image_id", "partition"))}
     else:
         splits = dict(read_lines(partition, 2))
-    images = found(args, f"img_align_celeba/{table[0]['image_id']}").parent
-    rows = []
-    for row in table:
+    first = find(args, f"img_align_celeba/{table[0]['image_id']}")
+    rows, top = [], 2 if attributes.suffix == ".csv" else 3
+    for line, row in enumerate(table, top):
         if row["image_id"] not in splits:
-            raise folder.InputError(partition, f"does not name {row['image_id']}", "is the download whole?")
-        y, a = ({"1": 1, "-1": 0, "0": 0}.get(row[name]) for name in (args.target, args.attribute))
+            raise InputError(partition, f"has no row for {row['image_id']}", "download it again: it is incomplete")
+        y, a = ({"1": 1, "-1": 0, "0": 0}.get(row[name].strip()) for name in (args.target, args.attribute))
         if y is None or a is None:
-            raise folder.InputError(attributes, f"a label of {row['image_id']} is neither 1 nor -1",
-                                    "download it again")
+            raise InputError(f"{attributes}, row {line}", f"a label of {row['image_id']} is neither 1 nor -1",
+                             "download it again")
         rows.append({"file_name": row["image_id"], "y": y, "a": a,
-                     "split": folder.SPLITS[label(partition, splits[row["image_id"]], 3)]})
-    return images, rows
+                     "split": imagefolder.SPLITS[label(partition, row["image_id"], "partition",
+                                                       {"partition": splits[row["image_id"]]}, 3)]})
+    return first.parent, rows, (attributes, top)
 
 
 def utkface(args):
     """Zhang et al. 2017: age_gender_race_date.jpg(.chip.jpg); other names are skipped, counted and listed.
 
-    The bins are those of From Fake to Real (arXiv 2308.04553) unless --bins tells others.
+    The age bins are those of From Fake to Real (arXiv 2308.04553) unless --bins gives others.
     """
     rows, skipped, seen = [], [], set()
     for path in sorted(args.root.rglob("*.[jJ][pP][gG]")):
@@ -103,43 +112,48 @@ def utkface(args):
             (i for i, (low, high) in enumerate(args.bins) if low <= age <= high), None)
         if a is not None:
             rows.append({"file_name": str(path.relative_to(args.root)), "y": gender, "a": a,
-                         "split": split_of(place(path.name))})
+                         "split": split_of(position(path.name))})
     if skipped:
-        print(f"skipped {len(skipped)} files, twice there or not named age_gender_race_date.jpg:", *skipped[:20],
+        print(f"skipped {len(skipped)} files, duplicates or not named age_gender_race_date.jpg:", *skipped[:20],
               *(["..."] if len(skipped) > 20 else []))
     if not rows:
-        raise missing(args, "any image named age_gender_race_date.jpg")
-    return args.root, rows
+        raise not_found(args, "any image named age_gender_race_date.jpg")
+    return args.root, rows, None
 
 
 def own_folder(args):
-    """Your own images in the one format; a split is drawn where there is none: 70 % train, 10 % val, 20 % test of each
-    group, by a digest of the file names."""
-    path = found(args, "metadata.csv")
-    rows = read_table(path, ("file_name", "y", "a"))
-    for row in rows:
-        row.update(y=label(path, row["y"]), a=label(path, row["a"]))
+    """Your own images. If there is no column split, each group is split by a digest of the file names: 70 % train, 10 %
+    val, 20 % test."""
+    path = find(args, "metadata.csv", "metadata.jsonl")
+    rows = (read_jsonl if path.suffix == ".jsonl" else read_csv)(path, ("file_name", "y", "a"))
+    top = 1 if path.suffix == ".jsonl" else 2
+    for line, row in enumerate(rows, top):
+        row.update(y=label(path, line, "y", row), a=label(path, line, "a", row))
     if "split" not in rows[0]:
-        sizes, ranks = folder.group_counts(rows), {}
-        for row in sorted(rows, key=lambda row: place(row["file_name"])):
-            rank = ranks[folder.group_of(row)] = ranks.get(folder.group_of(row), -1) + 1
-            row["split"] = split_of((rank + 0.5) / sizes[folder.group_of(row)], 0.7, 0.8)
-    return path.parent, rows
+        sizes, ranks = imagefolder.group_counts(rows), {}
+        for row in sorted(rows, key=lambda row: position(row["file_name"])):
+            group = imagefolder.group_of(row)
+            ranks[group] = ranks.get(group, -1) + 1
+            row["split"] = split_of((ranks[group] + 0.5) / sizes[group], 0.7, 0.8)
+    for name, labels in (("class", "y"), ("attribute", "a")):
+        there = {row[labels] for row in rows}
+        if there != set(range(len(there))):
+            print(f"note: column {labels} has the values {sorted(there)}: no image of {name} "
+                  f"{', '.join(str(i) for i in range(max(there)) if i not in there)} (labels usually count from 0)")
+    return path.parent, rows, (path, top)
 
 
 def digits(args):
-    """Paints scikit-learn's digits: {file_name: (32, 32, 3) uint8}, and a row each."""
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
+    """scikit-learn's handwritten digits on coloured backbackgrounds: {file_name: (32, 32, 3) uint8}, and a row for each."""
+    from sklearn.datasets import load_digits  # takes seconds to import
 
     val, test = 300, 496  # multiples of 4, so that the four groups are equal; the other 1,001 are for training
-    grounds = ((200, 50, 45), (50, 160, 65))  # mean RGB of the red and the green ground
+    backgrounds = ((200, 50, 45), (50, 160, 65))  # mean RGB of the red and the green background
     scans, targets = load_digits(return_X_y=True)
     scans, classes = scans.reshape(-1, 8, 8) / 16, targets % 2
     rng = np.random.default_rng(args.seed)
     jitter = rng.integers(-25, 26, size=(len(scans), 3))
-    sides = rng.integers(24, 29, size=len(scans))  # of the scan, in pixels; it lies in the middle, give or take
+    sides = rng.integers(24, 29, size=len(scans))  # of the scan, in pixels; it is centred up to a pixel
     corners = (32 - sides)[:, None] // 2 + rng.integers(-1, 2, size=(len(scans), 2))
     images, rows = {}, []
     for y in (0, 1):
@@ -154,11 +168,11 @@ def digits(args):
                 ink = Image.new("L", (32, 32))
                 ink.paste(scan.resize((sides[index],) * 2, Image.BICUBIC), tuple(corners[index].tolist()))
                 ink = np.asarray(ink, dtype=float)[..., None] / 255
-                image = (1 - ink) * (np.array(grounds[a]) + jitter[index]) + ink * 245
+                image = (1 - ink) * (np.array(backgrounds[a]) + jitter[index]) + ink * 245
                 images[f"{index:04}.png"] = image.clip(0, 255).astype(np.uint8)
                 rows.append({"file_name": f"{index:04}.png", "split": split, "y": y, "a": a,
                              "digit": int(targets[index])})
-    return images, sorted(rows, key=lambda row: row["file_name"])
+    return images, sorted(rows, key=lambda row: row["file_name"]), None
 
 
 DATASETS = {"digits": digits, "waterbirds": waterbirds, "celeba": celeba, "utkface": utkface, "folder": own_folder}
@@ -169,16 +183,16 @@ DATASETS = {"digits": digits, "waterbirds": waterbirds, "celeba": celeba, "utkfa
 def subsample(rows, bias):
     """The rows without the training images that are too many for this bias.
 
-    In every class a share `bias` of the training images gets the attribute that the class is tied to. Images that
+    In every class a share `bias` of the training images gets the attribute most over-represented in it. Images that
     come last by the digest of their names go first, so that a higher bias keeps a part of a lower one's rare images.
     """
     train = [row for row in rows if row["split"] == "train"]
-    counts = folder.group_counts(train)
+    counts = imagefolder.group_counts(train)
     dropped = set()
     for y in sorted({row["y"] for row in train}):
-        tied = folder.tied_attribute(counts, y)
-        members = sorted((row for row in train if row["y"] == y), key=lambda row: place(row["file_name"]))
-        agree, conflict = ([row for row in members if (row["a"] == tied) == same] for same in (True, False))
+        common = imagefolder.correlated_attribute(counts, y)
+        members = sorted((row for row in train if row["y"] == y), key=lambda row: position(row["file_name"]))
+        agree, conflict = ([row for row in members if (row["a"] == common) == same] for same in (True, False))
         keep_agree, keep_conflict = len(agree), len(conflict)
         if bias == 1:
             keep_conflict = 0
@@ -188,19 +202,19 @@ def subsample(rows, bias):
             keep_agree = round(len(conflict) * bias / (1 - bias))
         if bias < 1 and not keep_conflict or bias > 0 and not keep_agree:
             reach = f"up to {len(agree) / (len(agree) + 1):.4f}, and 1" if conflict else "only 1"
-            raise folder.InputError(f"--bias {bias:g}", f"can't be reached: class {y} has {len(agree)} training images "
-                                    f"with attribute {tied} and {len(conflict)} others", f"it can reach {reach}")
+            raise InputError(f"--bias {bias:g}", f"cannot be reached: class {y} has {len(agree)} training images "
+                             f"with attribute {common} and {len(conflict)} others", f"it can reach {reach}")
         dropped |= {row["file_name"] for row in agree[keep_agree:] + conflict[keep_conflict:]}
     kept = [row for row in rows if row["file_name"] not in dropped]
-    left = folder.group_counts(row for row in kept if row["split"] == "train")
-    print(f"{'train':10}{'there':>8}{'kept':>8}{'dropped':>8}")
+    left = imagefolder.group_counts(row for row in kept if row["split"] == "train")
+    print(f"{'train':10}{'found':>8}{'kept':>8}{'removed':>8}")
     for group, count in counts.items():
         print(f"{group:10}{count:8}{left.get(group, 0):8}{count - left.get(group, 0):8}")
     return kept
 
 
-def place(name):
-    """A number in [0, 1) that hangs on the file name alone."""
+def position(name):
+    """A number in [0, 1) determined by the file name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
@@ -210,7 +224,7 @@ def split_of(number, val=0.8, test=0.9):
 
 
 def add_captions(rows, args):
-    """Writes the text of each row from the names of its class and attribute; a folder's own texts are left."""
+    """Writes the text of each row from the names of its class and attribute; a folder's own texts are kept."""
     kind = args.dataset
     if kind == "celeba" and (args.target, args.attribute) != ("Blond_Hair", "Male"):
         kind = "celeba, others"
@@ -226,85 +240,180 @@ def add_captions(rows, args):
     if not (classes and attributes):
         if "text" in rows[0]:
             return
-        raise folder.InputError("--classes, --attributes", "are needed, as metadata.csv has no column text",
-                                "name each, from 0 on")
+        raise InputError("--classes, --attributes", "are required, as the metadata have no column text",
+                         "name each class and attribute, from 0 on")
     for flag, names, labels in (("--classes", classes, "y"), ("--attributes", attributes, "a")):
         if len(names) <= (top := max(row[labels] for row in rows)):
-            raise folder.InputError(flag, f"names {len(names)}, but {labels} goes up to {top}", "name each, from 0 on")
+            raise InputError(flag, f"has {len(names)} names, but {labels} goes up to {top}", "name each, from 0 on")
     try:
         for row in rows:
             row["text"] = (args.template or template).format(y=classes[row["y"]], a=attributes[row["a"]])
     except (KeyError, IndexError, ValueError) as error:
-        raise folder.InputError("--template", f"can't be filled: {error!r}", "it may hold {y} and {a}") from None
+        raise InputError("--template", f"cannot be filled in: {error!r}", "it may contain {y} and {a}") from None
 
 
 # ------------------------------------------------------------------------------------------- reading a download
 
 
-def missing(args, what):
+def not_found(args, what):
     source = SOURCES.get(args.dataset, "your own metadata.csv with the columns file_name, y, a")
-    return folder.InputError(args.root, f"has not {what}", f"{source}; point --root to it")
+    return InputError(args.root, f"does not contain {what}", f"{source}; point --root to it")
 
 
-def found(args, *names):
-    """The first of the names that is in ROOT, or one or two folders below; InputError where none is."""
+def find(args, *names):
+    """The first of the names that is in ROOT, or one or two folders below. Raises InputError if there is none, or if
+    several folders hold it: a backup beside the original must not be taken for it."""
     for depth in ("", "*/", "*/*/"):
         for name in names:
-            for path in sorted(args.root.glob(depth + name)):
-                return path
-    raise missing(args, " or ".join(names))
+            paths = sorted(args.root.glob(depth + name))
+            if len(paths) > 1:
+                raise InputError(args.root, f"contains {len(paths)} copies: {', '.join(map(str, paths))}",
+                                 "point --root to the folder of one of them")
+            if paths:
+                return paths[0]
+    raise not_found(args, " or ".join(names))
 
 
-def read_table(path, columns):
-    """The rows of a csv with a header, which has at least `columns`."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True, skipinitialspace=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise folder.InputError(path, f"not a csv in UTF-8: {error}", "download it again") from None
-    lacks = [column for column in columns if not rows or column not in rows[0]]
-    if lacks or any(None in row or None in row.values() for row in rows):
-        raise folder.InputError(path, f"lacks {', '.join(lacks)}" if lacks else "a row has too many or too few fields",
-                                "download it again")
+def read_csv(path, columns):
+    """The rows of a csv with a header that has at least `columns`."""
+    return not_empty(path, imagefolder.read_table(path, columns))
+
+
+def read_jsonl(path, columns):
+    """The rows of a file with one JSON object per line, values as str."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            rows.append({name: str(value) for name, value in json.loads(line).items()})
+        except (ValueError, AttributeError):
+            raise InputError(f"{path}, line {number}", "is not a JSON object", "write one object per line") from None
+    for number, row in enumerate(rows, 1):
+        if row.keys() != rows[0].keys():
+            raise InputError(f"{path}, line {number}", "has other names than the first line", "use the same names")
+    if rows:
+        imagefolder.check_columns(path, rows[0], columns)
+    return not_empty(path, rows)
+
+
+def not_empty(path, rows):
+    if not rows:
+        raise InputError(path, "has no rows", "is the download complete?")
     return rows
 
 
 def read_lines(path, fields, skip=0):
-    """The lines of a text, split at blanks, one or two; InputError where one has not so many fields."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()[skip:] if line.strip()]
+    """The lines of a text file, split at one or more blanks. Raises InputError if a line has not `fields` fields."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()[skip:] if line.strip()]
     for number, line in enumerate(lines, skip + 1):
         if len(line) != fields:
-            raise folder.InputError(f"{path}, line {number}", f"has {len(line)} fields, not {fields}",
-                                    "is the download whole?")
+            raise InputError(f"{path}, line {number}", f"has {len(line)} fields, not {fields}",
+                             "is the download complete?")
     return lines
 
 
 def read_attributes(path):
-    """list_attr_celeba.txt: a line with the count, one with the names, then a line an image, of 1 and -1."""
-    head = path.read_text(encoding="utf-8").splitlines()[:2]
+    """list_attr_celeba.txt: a line with the count, one with the names, then a line of 1 and -1 per image."""
+    head = path.read_text(encoding="utf-8-sig").splitlines()[:2]
     if len(head) < 2 or not head[0].strip().isdigit():
-        raise folder.InputError(path, "does not begin with a count and a line of names", "download it again")
+        raise InputError(path, "does not begin with a count and a line of names", "download it again")
     names = head[1].split()
     lines = read_lines(path, len(names) + 1, skip=2)
     if len(lines) != int(head[0]):
-        raise folder.InputError(path, f"has {len(lines)} images, its first line says {head[0].strip()}",
-                                "is the download whole?")
+        raise InputError(path, f"has {len(lines)} images, its first line says {head[0].strip()}",
+                         "is the download complete?")
     return [dict(zip(("image_id", *names), line)) for line in lines]
 
 
-def label(path, text, below=None):
-    """An integer from 0, less than `below`."""
-    if not (text.isascii() and text.isdigit()) or (below is not None and int(text) >= below):
-        raise folder.InputError(path, f"{text!r} is no label",
-                                f"here labels are integers from 0{f' to {below - 1}' if below else ''}")
-    return int(text)
+def label(path, line, column, row, below=None):
+    """The label in a column of a row: an integer from 0, less than `below`."""
+    where, text = f"{path}, row {line}", row[column].strip()
+    value = imagefolder.as_label(where, column, text)
+    if below is not None and value >= below:
+        raise InputError(where, f"{column} is {value}", f"here it is an integer from 0 to {below - 1}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ the script
 
 
+def write_splits(out, rows, columns):
+    """A folder per split with a metadata.csv of its own: so Hugging Face's `load_dataset` tells them apart."""
+    for split in {row["split"] for row in rows}:
+        part = out / {"val": "validation"}.get(split, split)
+        part.mkdir(parents=True)
+        (part / "images").symlink_to("../../images", target_is_directory=True)
+        files.write_csv(part / "metadata.csv", [row for row in rows if row["split"] == split], columns)
+
+
+def main(argv=None):
+    args = parse(argv)
+    root, rows, table = DATASETS[args.dataset](args)
+    add_captions(rows, args)
+    inputs = stage.begin(args)
+    if table:
+        imagefolder.check_rows(*table, [{name: str(value) for name, value in row.items()} for row in rows])
+    if args.dataset != "digits":
+        rows = rows if args.bias == "natural" else subsample(rows, args.bias)
+        missing = [row["file_name"] for row in rows if not (root / row["file_name"]).is_file()]
+        if missing:
+            raise not_found(args, f"{len(missing)} of {len(rows)} images, the first is {missing[0]};")
+    content = imagefolder.digest(root, rows) if args.dataset != "digits" else None
+    key = files.digest(rows, content, args.dataset, stage.code_digest(__file__))
+    if stage.is_made(args, key, inputs):
+        return print(f"{args.out}: up to date")
+    if args.dataset != "digits":
+        imagefolder.check_images(root, rows)
+    for row in rows:
+        row["file_name"] = f"images/{row['file_name']}"
+    with files.replacing(args.out) as out:
+        out.mkdir(parents=True)
+        if args.dataset == "digits":
+            (out / "images").mkdir()
+            for name, image in root.items():
+                Image.fromarray(image).save(out / "images" / name)
+        else:
+            (out / "images").symlink_to(root.resolve(), target_is_directory=True)
+        columns = list(dict.fromkeys((*imagefolder.REQUIRED, *rows[0])))
+        files.write_csv(out / "metadata.csv", rows, columns)
+        write_splits(out / "splits", rows, columns)
+        stage.finish(out, args, key, inputs)
+    for split in imagefolder.SPLITS:
+        print(f"{split:5}", imagefolder.group_counts(row for row in rows if row["split"] == split))
+
+
+def parse(argv=None):
+    parser = stage.Parser(__file__, __doc__)
+    parser.add_argument("dataset", choices=tuple(DATASETS))
+    parser.add_argument("--root", type=Path, help="the unpacked download, or your folder (not for digits)")
+    parser.add_argument("--bias", type=bias_of, help="natural, or the share of a class's training images that have the "
+                        "attribute it is correlated with; default: 0.95 for digits, natural for others")
+    parser.add_argument("--target", help="celeba: the class, one of the 40 attributes; default Blond_Hair")
+    parser.add_argument("--attribute", help="celeba: the attribute, one of the 40, default Male; utkface: age or race")
+    parser.add_argument("--bins", type=years, nargs="+", default=[(0, 5), (20, 50)], metavar="LOW-HIGH",
+                        help="utkface: ages in years, both ends included; default 0-5 20-50 (From Fake to Real)")
+    parser.add_argument("--classes", nargs="+", help="names of the classes in the captions, from 0 on")
+    parser.add_argument("--attributes", nargs="+", help="names of the attributes in the captions, from 0 on")
+    parser.add_argument("--template", help="a caption, with {y} and {a} for the names")
+    parser.add_argument("--seed", type=int, default=0, help="digits: seed of the splits and the colours")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    if args.bias is None:
+        args.bias = 0.95 if args.dataset == "digits" else "natural"
+    if args.dataset == "digits" and args.bias == "natural":
+        raise InputError("--bias natural", "digits have no colour by nature", "give a number, such as 0.95")
+    args.root = args.root and args.root.expanduser()
+    if args.dataset != "digits" and not (args.root and args.root.is_dir()):
+        raise InputError(f"--root {args.root or ''}".strip(), "is not a folder",
+                         SOURCES.get(args.dataset, "your images and their metadata.csv"))
+    args.target = args.target or "Blond_Hair"
+    args.attribute = args.attribute or {"celeba": "Male", "utkface": "age"}.get(args.dataset)
+    if args.dataset == "utkface" and args.attribute not in ("age", "race"):
+        raise InputError(f"--attribute {args.attribute}", "is not in UTKFace", "use age or race")
+    return args
+
+
 def bias_of(text):
-    return text if text == "natural" else folder.number(float, 0, 1)(text)
+    return text if text == "natural" else stage.number(float, 0, 1)(text)
 
 
 def years(text):
@@ -315,66 +424,5 @@ def years(text):
     return low, high
 
 
-def main():
-    args = parse()
-    source, rows = DATASETS[args.dataset](args)
-    add_captions(rows, args)
-    if args.dataset != "digits":
-        rows = rows if args.bias == "natural" else subsample(rows, args.bias)
-        gone = [row["file_name"] for row in rows if not (source / row["file_name"]).is_file()]
-        if gone:
-            raise missing(args, f"{len(gone)} of {len(rows)} images, {gone[0]} is the first,")
-        folder.check_images(source, rows)
-    for row in rows:
-        row["file_name"] = f"images/{row['file_name']}"
-    columns = list(dict.fromkeys((*folder.REQUIRED, *rows[0])))
-    with folder.replacing(args.out) as out:
-        out.mkdir(parents=True)
-        if args.dataset == "digits":
-            from PIL import Image
-
-            (out / "images").mkdir()
-            for name, image in source.items():
-                Image.fromarray(image).save(out / "images" / name)
-        else:
-            (out / "images").symlink_to(source.resolve(), target_is_directory=True)
-        folder.write_csv(out / "metadata.csv", rows, columns)
-        folder.read_metadata(out)
-        folder.write_config(out, args, folder.digest(rows))
-    for split in folder.SPLITS:
-        print(f"{split:5}", folder.group_counts(row for row in rows if row["split"] == split))
-
-
-def parse():
-    parser = folder.Arguments(__doc__)
-    parser.add_argument("dataset", choices=tuple(DATASETS))
-    parser.add_argument("--root", type=Path, help="the unpacked download, or your folder (digits needs none)")
-    parser.add_argument("--bias", type=bias_of, help="natural, or the share of a class's training images whose "
-                        "attribute agrees with it; default: 0.95 for digits, natural for others")
-    parser.add_argument("--target", help="celeba: the class, one of the 40 attributes; default Blond_Hair")
-    parser.add_argument("--attribute", help="celeba: the attribute, one of the 40, default Male; utkface: age or race")
-    parser.add_argument("--bins", type=years, nargs="+", default=[(0, 5), (20, 50)], metavar="LOW-HIGH",
-                        help="utkface: ages in years, both ends included; default 0-5 20-50 (From Fake to Real)")
-    parser.add_argument("--classes", nargs="+", help="names of the classes in the captions, from 0 on")
-    parser.add_argument("--attributes", nargs="+", help="names of the attributes in the captions, from 0 on")
-    parser.add_argument("--template", help="a caption, with {y} and {a} for the names")
-    parser.add_argument("--seed", type=int, default=0, help="digits: of the splits and the colours")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args()
-    if args.bias is None:
-        args.bias = 0.95 if args.dataset == "digits" else "natural"
-    if args.dataset == "digits" and args.bias == "natural":
-        raise folder.InputError("--bias natural", "digits have no colour by nature", "give a number, such as 0.95")
-    args.root = args.root and args.root.expanduser()
-    if args.dataset != "digits" and not (args.root and args.root.is_dir()):
-        raise folder.InputError("--root", f"{args.root or ''} is no folder",
-                                SOURCES.get(args.dataset, "your images and their metadata.csv"))
-    args.target = args.target or "Blond_Hair"
-    args.attribute = args.attribute or {"celeba": "Male", "utkface": "age"}.get(args.dataset)
-    if args.dataset == "utkface" and args.attribute not in ("age", "race"):
-        raise folder.InputError(f"--attribute {args.attribute}", "is none of UTKFace", "age or race")
-    return args
-
-
 if __name__ == "__main__":
-    folder.run(main)
+    stage.run(main)

@@ -1,5 +1,8 @@
-"""What the tests share: a tiny base model, a tiny dataset, and running a script as a user does."""
+"""What the tests share: a tiny base model, a tiny dataset, and running a script or make as a user does."""
 
+import contextlib
+import importlib
+import io
 import os
 import shutil
 import signal
@@ -12,30 +15,44 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import imagefolder as folder  # noqa: E402
+from common import files, stage  # noqa: E402
 
 # A shell lets what it starts in the background ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = "TORTURE" in os.environ  # of make torture; a short version of it is a part of make test
-BIASED = {(0, 0): 24, (0, 1): 3, (1, 0): 3, (1, 1): 24}  # training images a group
+LONG = "TORTURE" in os.environ  # make torture; make test runs a short version of it
+slow = pytest.mark.skipif(not LONG, reason="takes minutes: make torture")
+BIASED = {(0, 0): 24, (0, 1): 3, (1, 0): 3, (1, 1): 24}  # training images per group
 
 
 def run(script, *args, fails=None):
-    """Runs ROOT/script; returns its stdout. With `fails`, expects exit status 2 and one line that holds it."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True)
+    """Runs ROOT/script in this process (starting Python and importing torch takes seconds); returns its stdout.
+
+    With `fails`, expects exit status 2 and one line on stderr that contains it; returns that line.
+    """
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            status = stage.call(module.main, [str(arg) for arg in args])
+        except SystemExit as end:  # of argparse
+            status = end.code or 0
     if fails is None:
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-    assert done.returncode == 2, (done.returncode, done.stderr[-3000:])
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"{Path(script).name}: error: ") and fails in line, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+        assert status == 0, errors.getvalue()[-3000:]
+        return out.getvalue()
+    assert status == 2, (status, errors.getvalue()[-3000:])
+    line = errors.getvalue().strip().splitlines()[-1]
+    assert line.startswith(f"{Path(script).name}: error: ") and fails in line, errors.getvalue()[-3000:]
     return line
 
 
+def start(script, *args, **options):
+    """Starts ROOT/script as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True, **options)
+
+
 def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
-    """A folder in the one format: class = shape (bar or box), attribute = ground (red or green)."""
+    """A folder in the one format: class = shape (bar or box), attribute = background (red or green)."""
     import random
 
     from PIL import Image, ImageDraw
@@ -52,13 +69,12 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
                 image.save(out / name)
                 text = f"a photo of an {('even', 'odd')[y]} digit on a {('red', 'green')[a]} background"
                 rows.append({"file_name": name, "split": split, "y": y, "a": a, "text": text})
-    folder.write_csv(out / "metadata.csv", rows)
-    folder.write_json(out / "config.json", {"key": "test"})
+    files.write_csv(out / "metadata.csv", rows)
     return out
 
 
 def new_house(path, base):
-    """A copy of the repository, with the tiny base model and the installed libraries."""
+    """A copy of the repository with the tiny base model and the installed libraries."""
     shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
     shutil.copytree(base, path / "base" / "miniature")
     (path / ".venv").symlink_to(ROOT / ".venv")
@@ -70,26 +86,37 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
 
 
-def make(house, *args):
-    """Runs make as a user does, and not as a part of the make that runs the tests; returns its stdout."""
+def make(house, *args, fails=None):
+    """Runs make as a user does; returns its stdout. With `fails`, expects an error that contains it; returns stderr."""
     done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    if fails is None:
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    assert done.returncode == 2 and fails in done.stderr, (done.returncode, done.stderr[-3000:])
+    return done.stderr
 
 
 def files_of(path, but=("config.json",)):
-    """{relative path: bytes} of a folder's files, but for those that tell of their making."""
+    """{relative path: bytes} of a folder's files, except those that record how they were made."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*"))
-            if file.is_file() and file.name not in but}
+            if file.is_file() and file.name not in but and not file.name.endswith(".lock")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The cache of file digests, for the scripts in this process and those that it starts."""
+    files.CACHE = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(files.CACHE)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, request):
-    """A base model of two steps: its images are noise, its files are whole. Made once for an edition of pretrain.py."""
-    made = Path(request.config.cache.mkdir("base")) / folder.code_digest(ROOT / "base" / "pretrain.py")
+    """A base model of two steps: its images are noise, its files are complete. Made once per edition of pretrain.py."""
+    made = Path(request.config.cache.mkdir("base")) / stage.code_digest(ROOT / "base" / "pretrain.py")
     if not made.exists():
         out = tmp_path_factory.mktemp("base") / "tiny"
-        run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--out", out)
+        run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--samples",
+            1, "--out", out)
         copy = shutil.copytree(out, made.with_name(f"{made.name}-{os.getpid()}"))
         try:
             copy.rename(made)
@@ -105,7 +132,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vanilla(base, dataset, tmp_path_factory):
-    """A synthetic set of the base model, 5 images a group, unfiltered."""
+    """A synthetic set of the base model, 5 images per group, unfiltered."""
     out = tmp_path_factory.mktemp("synthetic") / "vanilla"
     run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--images", 5, "--batch", 4,
         "--steps", 2, "--clip-threshold", 0, "--out", out)

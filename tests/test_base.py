@@ -1,7 +1,7 @@
 """base/pretrain.py: what it saves is an ordinary pipeline and an ordinary CLIP."""
 
 import torch
-from conftest import ROOT  # noqa: F401
+import conftest  # noqa: F401
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
@@ -40,7 +40,7 @@ def test_every_font_draws_ten_different_digits():
         assert len({bytes(font.getmask(digit)) for digit in "0123456789"}) == 10, path.name
 
 
-def test_printed_digits_hang_on_the_seed_alone():
+def test_printed_digits_are_determined_by_the_seed():
     (images, labels), (again, _) = pretrain.printed_digits(20, 3), pretrain.printed_digits(20, 3)
     assert torch.equal(images, again) and images.shape == (20, 3, 32, 32)
     assert images.min() >= -1 and images.max() <= 1 and sorted(set(labels[:, 0].tolist())) == list(range(10))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import files_of, run
 
-from cluster import attribute_left, group_clusters, without_group_means
-from data import imagefolder as folder
+from cluster import group_clusters, without_group_means
+from common import imagefolder
 
 
 def blobs(*sizes):
@@ -33,28 +33,31 @@ def test_a_group_too_small_to_split_stays_whole(size):
     assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size
 
 
-def test_without_the_means_of_groups_a_probe_no_longer_reads_an_added_attribute():
+def test_without_group_means_the_groups_are_centred_and_keep_their_shape():
     rng = np.random.default_rng(0)
     attributes = np.arange(200) % 2
     points = rng.normal(size=(200, 8)) + 3 * attributes[:, None]
-    assert attribute_left(points, attributes, 0) > 0.95
-    assert attribute_left(without_group_means(points, attributes), attributes, 0) < 0.65
-    assert attribute_left(points[:8], attributes[:8], 0) is None
+    centred = without_group_means(points, attributes)
+    for a in (0, 1):
+        assert np.allclose(centred[attributes == a].mean(0), 0)
+        assert np.allclose(np.diff(centred[attributes == a], axis=0), np.diff(points[attributes == a], axis=0))
 
 
-def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_a_group(base, dataset, tmp_path):
+def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_per_group(base, dataset, tmp_path):
     run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
-    rows = folder.read_metadata(tmp_path / "c")
+    rows = imagefolder.read_metadata(tmp_path / "c")
     assert rows and {row["split"] for row in rows} == {"train"}
-    assert {row["cluster"] for row in rows if folder.group_of(row) == "y0-a1"} == {"0"}
-    for group in folder.group_counts(rows):
+    assert {row["cluster"] for row in rows if imagefolder.group_of(row) == "y0-a1"} == {"0"}
+    for group in imagefolder.group_counts(rows):
         assert (tmp_path / "c" / f"{group}.png").is_file()
-    first = files_of(tmp_path / "c")
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
-    assert files_of(tmp_path / "c") == first
+    first, again = files_of(tmp_path / "c"), ("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3,
+                                              "--min-size", 4, "--out", tmp_path / "c")
+    assert "up to date" in run(*again)
+    (tmp_path / "c" / "y0-a0.png").unlink()
+    assert "up to date" not in run(*again) and files_of(tmp_path / "c") == first
 
 
-def test_dinov2_clusters_in_the_place_of_clip(base, dataset, tmp_path):
+def test_dinov2_can_replace_clip(base, dataset, tmp_path):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
@@ -62,9 +65,9 @@ def test_dinov2_clusters_in_the_place_of_clip(base, dataset, tmp_path):
     BitImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path / "dino")
     run("cluster.py", "--data", dataset, "--clip", base / "clip", "--encoder", tmp_path / "dino", "--k", 2,
         "--min-size", 4, "--out", tmp_path / "c")
-    assert {row["cluster"] for row in folder.read_metadata(tmp_path / "c")} == {"0", "1"}
+    assert {row["cluster"] for row in imagefolder.read_metadata(tmp_path / "c")} == {"0", "1"}
 
 
-def test_a_clip_that_is_none_is_one_line(dataset, tmp_path):
-    run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="can't be loaded")
+def test_an_invalid_clip_is_a_one_line_error(dataset, tmp_path):
+    run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="cannot be loaded")
     assert not (tmp_path / "c").exists()

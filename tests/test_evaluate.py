@@ -1,29 +1,30 @@
 """evaluate.py: the metrics by hand, the files they end in."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 from conftest import run
 
-from data import imagefolder as folder
+from common import files, imagefolder
 from evaluate import bootstrap_worst_group, difference, fairness, intervals, metrics, summary, tidy_results
 
 
-def answers(path, wrong):
+def predictions_of(path, wrong):
     """A predictions.csv of 4 test images a group, `wrong[group]` of them misclassified, and one image of val."""
     rows = [{"file_name": "val.png", "split": "val", "y": 0, "a": 0, "prediction": 1}]
     for y in (0, 1):
         for a in (0, 1):
             rows += [{"file_name": f"{y}{a}{i}.png", "split": "test", "y": y, "a": a,
                       "prediction": 1 - y if i < wrong.get((y, a), 0) else y} for i in range(4)]
-    folder.write_csv(path / "predictions.csv", rows)
+    files.write_csv(path / "predictions.csv", rows)
     return [row for row in rows if row["split"] == "test"]
 
 
 def test_the_metrics_agree_with_a_hand_worked_example(tmp_path):
-    rows = answers(tmp_path, {(0, 1): 1, (1, 0): 3})
-    accuracies = folder.group_accuracies(rows, [row["prediction"] for row in rows])
+    rows = predictions_of(tmp_path, {(0, 1): 1, (1, 0): 3})
+    accuracies = imagefolder.group_accuracies(rows, [row["prediction"] for row in rows])
     assert accuracies == {"y0-a0": 1, "y0-a1": 0.75, "y1-a0": 0.25, "y1-a1": 1}
     weighted = metrics(accuracies, {"y0-a0": 90, "y0-a1": 4, "y1-a0": 6})
     assert weighted == {"worst_group": 0.25, "mean_group": 0.75, "train_weighted": pytest.approx(0.945), "gap": 0.75}
@@ -39,25 +40,25 @@ def test_fairness_is_that_of_fairlearn():
     assert found["demographic_parity"] == pytest.approx(0.1842105263157895)
 
 
-def test_bias_conflicting_images_have_an_attribute_that_their_class_is_not_tied_to(tmp_path):
-    rows = answers(tmp_path, {(0, 1): 1, (1, 0): 3, (1, 1): 4})
+def test_bias_conflicting_images_have_an_attribute_that_their_class_is_not_correlated_with(tmp_path):
+    rows = predictions_of(tmp_path, {(0, 1): 1, (1, 0): 3, (1, 1): 4})
     counts = {"y0-a0": 60, "y0-a1": 20, "y1-a0": 10, "y1-a1": 10}  # attribute 1 is over-represented in class 1
     assert fairness(rows, counts)["conflicting"] == 0.5  # 3 of 4 in y0-a1, 1 of 4 in y1-a0
 
 
-def test_runs_with_other_models_are_one_recipe_and_drawn_as_a_whole(dataset, tmp_path):
+def test_runs_with_other_models_are_one_recipe_and_resampled_as_a_whole(dataset, tmp_path):
     """The seeds of a run share its diffusion models: the spread is that of the runs' means."""
     for run_name, wrong in (("a", 0), ("b", 2)):
         for seed in (0, 1):
-            answers(tmp_path / run_name / "classifiers" / "lora" / f"seed{seed}", {(1, 0): wrong + seed})
+            predictions_of(tmp_path / run_name / "classifiers" / "lora" / f"seed{seed}", {(1, 0): wrong + seed})
     text = run("evaluate.py", "--data", dataset, "--classifiers", *tmp_path.glob("*/classifiers/lora"),
                "--out", tmp_path / "results")
     assert "| lora | 0.625 ± 0.354 | [" in text
     run("evaluate.py", "--data", dataset, "--classifiers", *[tmp_path / "a" / "classifiers" / "lora"] * 2,
-        "--out", tmp_path / "results", fails="two lora of the same run")
+        "--out", tmp_path / "results", fails="two lora from the same run")
 
 
-def test_the_interval_of_a_worst_group_is_that_of_its_images_drawn_anew():
+def test_the_interval_of_a_worst_group_is_that_of_its_resampled_images():
     """One group of 100 with 70 right, one seed: its share is binomial(100, 0.7) / 100."""
     right = np.array([[True] * 70 + [False] * 30 + [True] * 50])
     draws = bootstrap_worst_group(right, [np.arange(100), np.arange(100, 150)], 20000, np.random.default_rng(0))
@@ -66,19 +67,19 @@ def test_the_interval_of_a_worst_group_is_that_of_its_images_drawn_anew():
     assert {round(value, 1) for value in np.quantile(two, (0.05, 0.95))} == {0.2, 0.8}  # seeds are drawn as well
 
 
-def test_a_difference_is_called_one_only_when_its_interval_leaves_zero(tmp_path):
-    def answer(name, wrong):
-        return {"0": answers(tmp_path / name, {group: wrong for group in ((0, 0), (0, 1), (1, 0), (1, 1))})}
+def test_a_difference_is_bold_only_if_its_interval_excludes_zero(tmp_path):
+    def predicted(name, wrong):
+        return {"0": predictions_of(tmp_path / name, {group: wrong for group in ((0, 0), (0, 1), (1, 0), (1, 1))})}
 
-    predictions = {"erm": answer("erm", 1), "same": answer("same", 1), "worse": answer("worse", 4)}
+    predictions = {"erm": predicted("erm", 1), "same": predicted("same", 1), "worse": predicted("worse", 4)}
     found = intervals(predictions, summary(tidy_results(predictions, {"y0-a0": 1})), ["erm"])
     assert found["same"]["vs erm"] == (0, 0, 0) and "**" not in difference(found["same"]["vs erm"])
     assert found["worse"]["vs erm"][0] == -0.75 and difference(found["worse"]["vs erm"]).startswith("**-0.750")
 
 
-def test_the_table_is_sorted_and_holds_mean_and_deviation_over_seeds(dataset, tmp_path):
+def test_the_table_is_sorted_and_holds_mean_and_std_over_seeds(dataset, tmp_path):
     for recipe, seed, wrong in (("bad", 0, 4), ("bad", 1, 2), ("good", 0, 0), ("good", 1, 1)):
-        answers(tmp_path / recipe / f"seed{seed}", {(1, 0): wrong})
+        predictions_of(tmp_path / recipe / f"seed{seed}", {(1, 0): wrong})
     text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "bad", tmp_path / "good",
                "--out", tmp_path / "results")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -89,7 +90,7 @@ def test_the_table_is_sorted_and_holds_mean_and_deviation_over_seeds(dataset, tm
     assert {"recipe": "bad", "seed": "0", "group": "y1-a0", "metric": "images", "value": "4"} in rows
     assert {"recipe": "bad", "seed": "1", "group": "y1-a0", "metric": "accuracy", "value": "0.500000"} in rows
     assert all((tmp_path / "results" / name).is_file() for name in ("worst_group.png", "images.png", "results.md"))
-    assert "standard deviation over 2 seeds," in text
+    assert "± std over 2 seeds." in text
     text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "bad", tmp_path / "good", "--keep-order",
                "--references", "good", "--out", tmp_path / "results")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -97,29 +98,63 @@ def test_the_table_is_sorted_and_holds_mean_and_deviation_over_seeds(dataset, tm
 
 
 def test_recipes_tested_on_different_images_are_not_compared(dataset, tmp_path):
-    answers(tmp_path / "a" / "seed0", {})
-    rows = answers(tmp_path / "b" / "seed0", {})
-    folder.write_csv(tmp_path / "b" / "seed0" / "predictions.csv", rows[1:])
+    predictions_of(tmp_path / "a" / "seed0", {})
+    rows = predictions_of(tmp_path / "b" / "seed0", {})
+    files.write_csv(tmp_path / "b" / "seed0" / "predictions.csv", rows[1:])
     run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "r",
         fails="was tested on other images")
 
 
-def test_missing_and_broken_predictions_are_one_line(dataset, tmp_path):
+def test_missing_and_broken_predictions_are_one_line_errors(dataset, tmp_path):
     args = ("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "a", "--out", tmp_path / "r")
-    run(*args, fails="holds no seed")
+    run(*args, fails="contains no seed")
     (tmp_path / "a" / "seed0").mkdir(parents=True)
-    run(*args, fails="predictions.csv: can't be read")
+    run(*args, fails="predictions.csv: cannot be read")
     (tmp_path / "a" / "seed0" / "predictions.csv").write_text("split,y\ntest,x\n")
-    run(*args, fails="predictions.csv: can't be read")
+    run(*args, fails="predictions.csv: cannot be read")
     assert not (tmp_path / "r").exists()
 
 
 def test_biases_are_put_side_by_side(dataset, tmp_path):
     for bias, wrong in (("0.9", 1), ("0.99", 2)):
-        answers(tmp_path / bias / "erm" / "seed0", {(1, 0): wrong})
+        predictions_of(tmp_path / bias / "erm" / "seed0", {(1, 0): wrong})
         run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / bias / "erm", "--out",
             tmp_path / f"shapes-{bias}" / "results")
-    text = run("evaluate.py", "--sweep", *tmp_path.glob("shapes-*/results"), "--out", tmp_path / "sweep")
+    text = run("evaluation/sweep.py", "--results", *tmp_path.glob("shapes-*/results"), "--out", tmp_path / "sweep")
     assert "| recipe | 0.9 | 0.99 |" in text and "| erm | 0.750 [0.250, 1.000] | 0.500 [" in text
     assert (tmp_path / "sweep" / "sweep.png").is_file()
-    run("evaluate.py", "--sweep", tmp_path, "--out", tmp_path / "s", fails="intervals.csv: can't be read")
+    run("evaluation/sweep.py", "--results", tmp_path, "--out", tmp_path / "s", fails="intervals.csv: cannot be read")
+
+
+def test_a_group_without_test_images_is_said_to_be_missing_and_never_counts_as_fair(dataset, tmp_path):
+    """Its accuracy cannot be estimated, nor can equalised odds in its class."""
+    rows = [row for row in predictions_of(tmp_path / "erm" / "seed0", {(1, 1): 2}) if (row["y"], row["a"]) != (1, 0)]
+    files.write_csv(tmp_path / "erm" / "seed0" / "predictions.csv", rows)
+    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "erm", "--out", tmp_path / "run" / "results")
+    assert ("**Not estimated**: odd digit on a red background (y1-a0) has no test images. The worst group is the worst of "
+            "3 of 4 groups.") in text
+    assert "| n/a |" in text.split("equalised-odds")[1]
+    with open(tmp_path / "run" / "results" / "results.csv") as file:
+        values = {row["metric"]: row["value"] for row in csv.DictReader(file) if row["group"] == "all"}
+    assert values["equalised_odds"] == "" and values["worst_group"] == "0.500000"
+    run("evaluation/report.py", "--run", tmp_path / "run", "--data", dataset, "--out", tmp_path / "report.html")
+    assert "The worst group is the worst of 3 of 4 groups" in (tmp_path / "report.html").read_text()
+
+
+def test_a_tested_group_that_training_never_saw_has_no_weight_in_the_weighted_mean():
+    assert metrics({"y0-a0": 0.5}, {})["worst_group"] == 0.5 and np.isnan(metrics({"y0-a0": 0.5}, {})["train_weighted"])
+
+
+def test_recipes_trained_on_different_data_are_not_put_into_one_table(dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    args = ("--epochs", 1, "--seeds", 0, "--data", data, "--out")
+    run("train_classifier.py", "--recipe", "erm", *args, tmp_path / "erm")
+    image = data / "images" / "train-0-0-0.png"
+    image.write_bytes((data / "images" / "train-1-0-0.png").read_bytes())
+    run("evaluate.py", "--data", data, "--classifiers", tmp_path / "erm", "--out", tmp_path / "r",
+        fails=f"erm: was trained on other data than --data {data}")
+    run("train_classifier.py", "--recipe", "resample", *args, tmp_path / "resample")
+    line = run("evaluate.py", "--data", data, "--classifiers", tmp_path / "erm", tmp_path / "resample", "--out",
+               tmp_path / "r", fails="were trained on different data")
+    assert "erm" in line and "resample" in line and not (tmp_path / "r").exists()

@@ -1,20 +1,16 @@
 """finetune.py: weights of each unit."""
 
-import collections
 import csv
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, files_of, make_dataset, run
+from conftest import LONG, files_of, make_dataset, run, start
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from data import imagefolder as folder
-from finetune import Images
+from common import imagefolder, stage
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
@@ -33,7 +29,7 @@ def lora(base, dataset, tmp_path_factory):
 
 
 def test_each_group_gets_weights_a_loss_curve_and_a_config(lora):
-    assert sorted(path.name for path in lora.iterdir()) == ["config.json", "y0-a0", "y0-a1", "y1-a0", "y1-a1"]
+    assert sorted(path.name for path in lora.glob("[!.]*")) == ["config.json", "y0-a0", "y0-a1", "y1-a0", "y1-a1"]
     for unit in lora.glob("y*"):
         assert sorted(p.name for p in unit.iterdir()) == ["config.json", "loss.csv", "pytorch_lora_weights.safetensors"]
         with open(unit / "loss.csv") as file:
@@ -63,7 +59,7 @@ def test_units_that_are_published_are_kept_and_others_are_made_anew(base, datase
 
 def test_only_the_split_train_is_learned_from(base, lora, tmp_path):
     data = make_dataset(tmp_path / "data")
-    for row in folder.read_metadata(data):
+    for row in imagefolder.read_metadata(data):
         if row["split"] != "train":
             (data / row["file_name"]).write_bytes(b"not even an image")
     run("finetune.py", "--method", "lora", "--base", base, "--data", data, *QUICK, "--rank", 4, "--alpha", 16,
@@ -77,7 +73,7 @@ def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(bas
     run("finetune.py", "--method", "dreambooth", "--per", "cluster", "--base", base, "--data", clusters, "--prior",
         vanilla, *QUICK, "--ema-decay", 0.9, "--snr-gamma", 5, "--train-text-encoder", "--accumulation", 2,
         "--gradient-checkpointing", "--schedule", "cosine", "--out", tmp_path / "out")
-    expected = {f"{folder.group_of(row)}-c{row['cluster']}" for row in folder.read_metadata(clusters)}
+    expected = {f"{imagefolder.group_of(row)}-c{row['cluster']}" for row in imagefolder.read_metadata(clusters)}
     assert {path.name for path in (tmp_path / "out").glob("y*")} == expected
     unit, before = tmp_path / "out" / "y0-a0-c0", UNet2DConditionModel.from_pretrained(base / "unet")
     after = UNet2DConditionModel.from_pretrained(unit / "unet")
@@ -90,59 +86,36 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
     data = make_dataset(tmp_path / "data", counts={(0, 0): 9, (0, 1): 2, (1, 0): 0, (1, 1): 9})
     run("cluster.py", "--data", data, "--clip", base / "clip", "--within", "class", "--k", 2, "--min-size", 2,
         "--out", tmp_path / "modes")
-    modes = {(row["y"], row["cluster"]) for row in folder.read_metadata(tmp_path / "modes")}
+    modes = {(row["y"], row["cluster"]) for row in imagefolder.read_metadata(tmp_path / "modes")}
     run("finetune.py", "--method", "lora", "--per", "dataset", "--balance", 0.5, "--base", base, "--data",
         tmp_path / "modes", *QUICK, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*/")] == ["all"]
     text = run("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--models", tmp_path / "out",
                "--images", 4, "--share", "even", "--steps", 2, "--clip-threshold", 0, "--out", tmp_path / "synthetic")
     assert "drawn by the base model" not in text
-    rows = folder.read_metadata(tmp_path / "synthetic")
-    assert set(folder.group_counts(rows).values()) == {4}
+    rows = imagefolder.read_metadata(tmp_path / "synthetic")
+    assert set(imagefolder.group_counts(rows).values()) == {4}
     assert {row["unit"] for row in rows} == {f"y{y}-a{a}-c{c}" for y, c in modes for a in (0, 1)}
-
-
-def test_dropped_parts_of_the_prompt_leave_the_other_part_and_guidance_stresses_each(base, dataset, tmp_path):
-    prompts = folder.group_prompts(folder.read_metadata(dataset))
-    assert folder.prompt_parts(prompts)["y1-a0"] == ("a photo of an odd digit on a background",
-                                                     "a photo of an digit on a red background")
-    run("finetune.py", "--method", "dreambooth", "--per", "dataset", "--part-dropout", 0.5, "--base", base, "--data",
-        dataset, *QUICK, "--out", tmp_path / "models")
-    for scale in (0, 3):
-        run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--models", tmp_path / "models",
-            "--images", 1, "--steps", 2, "--batch", 2, "--clip-threshold", 0, "--guidance-scale", 1,
-            "--attribute-guidance", scale, "--out", tmp_path / f"a{scale}")
-    assert len({(tmp_path / out / "y0-a0" / "00000.png").read_bytes() for out in ("a0", "a3")}) == 2
-
-
-def test_a_prompt_loses_its_attribute_or_its_class_as_often_as_asked():
-    images = Images.__new__(Images)
-    images.prompts = [("whole", "class", "attribute")]
-    rng = torch.Generator().manual_seed(0)
-    seen = collections.Counter(images.prompt(0, rng, 0.2) for _ in range(2000))
-    for prompt, share in (("whole", 0.64), ("class", 0.16), ("attribute", 0.16), ("", 0.04)):
-        assert abs(seen[prompt] / 2000 - share) < 0.03
-    assert images.prompt(0, rng, 0) == "whole"
 
 
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
     args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
             "--out", tmp_path / "out")
     run(*args, "--shard", "1/2")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["y0-a1", "y1-a1"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["y0-a1", "y1-a1"]
     run(*args)
     assert files_of(tmp_path / "out") == files_of(lora)
 
 
-@pytest.mark.parametrize("more", (("--method", "lora"), ("--method", "dreambooth", "--ema-decay", 0.9)))
-def test_a_unit_killed_twice_goes_on_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
+@pytest.mark.parametrize("more", (("--method", "lora"),) + (("--method", "dreambooth", "--ema-decay", 0.9),) * LONG)
+def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4})
     args = ("finetune.py", *more, "--base", base, "--data", data, "--steps", 60, "--batch", 2, "--learning-rate", 1e-2,
             "--schedule", "cosine")
     run(*args, "--checkpoint-every", 0, "--out", tmp_path / "whole")
     cut, reached = (*args, "--checkpoint-every", 2, "--out", tmp_path / "cut"), [0]
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, *map(str, (ROOT / cut[0], *cut[1:]))], stdout=-1, stderr=-1)
+        process = start(*cut, stdout=-1, stderr=-1)
         while (now := checkpointed(tmp_path / "cut" / ".y0-a0.partial" / "loss.csv")) <= reached[-1]:
             assert process.poll() is None
             time.sleep(0.002)
@@ -162,20 +135,42 @@ def checkpointed(path):
         return 0
 
 
-def test_wrong_input_is_one_line(base, dataset, tmp_path):
+def test_invalid_input_is_a_one_line_error(base, dataset, tmp_path):
     args = ("finetune.py", "--base", base, "--data", dataset, "--out", tmp_path / "out")
-    run(*args, "--method", "lora", "--per", "cluster", fails="has no column cluster")
-    run(*args, "--method", "lora", "--train-text-encoder", fails="LoRA trains the UNet alone")
-    run(*args, "--method", "lora", "--prompt", "hi", fails="does not hold {text}")
+    run(*args, "--method", "lora", "--per", "cluster", fails="has no column 'cluster'")
+    run(*args, "--method", "lora", "--train-text-encoder", fails="LoRA trains the UNet only")
+    run(*args, "--method", "lora", "--prompt", "hi", fails="does not contain {text}")
     run("finetune.py", "--base", tmp_path, "--data", dataset, "--out", tmp_path / "out", "--method", "lora",
-        fails="can't be loaded")
+        fails="cannot be loaded")
     run(*args, "--method", "lora", "--prompt", "{text} " + "word " * 30, fails="tokens, the model takes 48")
     assert not list(tmp_path.glob("out/y*"))
 
 
-def test_a_loss_that_is_no_number_stops_the_unit_and_publishes_nothing(base, dataset, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "finetune.py", "--method", "dreambooth", "--base", base, "--data",
-                           dataset, "--steps", "9", "--learning-rate", "1e30", "--out", tmp_path / "out"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "y0-a1: loss is nan at step" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/*"))
+def test_a_loss_that_is_not_finite_stops_the_unit_and_publishes_nothing(base, dataset, tmp_path):
+    process = start("finetune.py", "--method", "dreambooth", "--base", base, "--data", dataset, "--steps", 9,
+                    "--learning-rate", "1e30", "--out", tmp_path / "out", stdout=-1, stderr=-1)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "y0-a1: loss is nan at step" in errors
+    assert "Traceback" not in errors and not list(tmp_path.glob("out/y*"))
+
+
+def test_a_changed_unit_is_trained_again_and_a_comment_retrains_nothing(base, dataset, lora, tmp_path):
+    """Whatever was lost or edited is made again, to the same bytes."""
+    shutil.copytree(lora, tmp_path / "lora")
+    again = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
+             "--out", tmp_path / "lora")
+    (tmp_path / "lora" / "y0-a1" / "loss.csv").unlink()
+    with open(tmp_path / "lora" / "y1-a0" / "pytorch_lora_weights.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert trained(run(*again)) == ["y0-a1", "y1-a0"] and files_of(tmp_path / "lora") == files_of(lora)
+
+
+def test_the_digest_of_code_ignores_comments_docstrings_and_help(tmp_path):
+    def digest(text):
+        (tmp_path / "x.py").write_text(text)
+        return stage.code_digest(tmp_path / "x.py")
+
+    first = digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 1\nparser.add("--x", help="a")\n')
+    assert first == digest('"""C."""\n\ndef f(x):  # why\n    """D."""\n    return x + 1\nparser.add("--x", help="b")\n')
+    assert first != digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 2\nparser.add("--x", help="a")\n')

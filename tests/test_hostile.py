@@ -1,5 +1,5 @@
 """Bad input, for every script: one line and status 2 before heavy work, or handled; never half a folder, never a wrong
-label. `make torture` runs all cases, `make test` every tenth of each kind."""
+label. `make torture` runs all cases, `make test` all that are quick and some of the others."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ from conftest import LONG, files_of, make_dataset, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_evaluate import answers
+from test_evaluate import predictions_of
 
-from data import imagefolder as folder
+from common import files, imagefolder
 
 EXAMPLES = 2000 if LONG else 60
 
@@ -31,7 +31,7 @@ def some(cases, step=10):
 def classifier(tmp_path_factory):
     """A recipe's predictions, without the classifier."""
     path = tmp_path_factory.mktemp("run") / "classifiers" / "erm"
-    answers(path / "seed0", {})
+    predictions_of(path / "seed0", {})
     return path
 
 
@@ -46,29 +46,29 @@ HEAD = "file_name,split,y,a,text\n"
 GOOD = "images/train-0-0-0.png,train,0,0,hi\n"
 LINE = "images/train-0-0-0.png,train,{},{},hi\n"
 METADATA = {  # what stands in it, and what is said of it
-    "nothing": ("", "column file_name stands 0 times"),
-    "blank lines": ("\n\n\n", "column file_name stands 0 times"),
-    "a header alone": (HEAD, "no image"),
-    "no header": (GOOD * 2, "stands 0 times"),
-    "no column split": ("file_name,y,a,text\nimages/train-0-0-0.png,0,0,hi\n", "column split stands 0 times"),
-    "no column text": ("file_name,split,y,a\nimages/train-0-0-0.png,train,0,0\n", "column text stands 0 times"),
+    "nothing": ("", "has no column 'file_name'"),
+    "blank lines": ("\n\n\n", "has no column 'file_name'"),
+    "a header alone": (HEAD, "has no images"),
+    "no header": (GOOD * 2, "columns named"),
+    "no column split": ("file_name,y,a,text\nimages/train-0-0-0.png,0,0,hi\n", "has no column 'split'"),
+    "no column text": ("file_name,split,y,a\nimages/train-0-0-0.png,train,0,0\n", "has no column 'text'"),
     "a column twice": ("file_name,split,y,y,a,text\nimages/train-0-0-0.png,train,0,1,0,hi\n",
-                       "column y stands 2 times"),
-    "other capitals": (HEAD.upper() + GOOD, "column file_name stands 0 times"),
-    "semicolons": ((HEAD + GOOD).replace(",", ";"), "column file_name stands 0 times"),
-    "tabs": ((HEAD + GOOD).replace(",", "\t"), "column file_name stands 0 times"),
-    "a row twice": (HEAD + GOOD * 2, "stands twice"),
-    "a row twice, once with a dot": (HEAD + GOOD + "./" + GOOD, "stands twice"),
-    "a short row": (HEAD + "images/train-0-0-0.png,train,0\n", "another number of fields"),
-    "a long row": (HEAD + GOOD.strip() + ",more\n", "another number of fields"),
-    "an open quote": (HEAD + '"' + GOOD, "not a csv in UTF-8"),
-    "text after a quote": (HEAD + '"images"x' + GOOD, "not a csv in UTF-8"),
-    "a huge field": (HEAD + "x" * 200_000 + GOOD, "not a csv in UTF-8"),
-    "UTF-16": ((HEAD + GOOD).encode("utf-16"), "not a csv in UTF-8"),
-    "Latin-1": (HEAD.encode() + GOOD.replace("hi", "é").encode("latin-1"), "not a csv in UTF-8"),
+                       "has 2 columns named 'y'"),
+    "other capitals": (HEAD.upper() + GOOD, "has no column 'file_name'"),
+    "semicolons": ((HEAD + GOOD).replace(",", ";"), "has no column 'file_name'"),
+    "tabs": ((HEAD + GOOD).replace(",", "\t"), "has no column 'file_name'"),
+    "a row twice": (HEAD + GOOD * 2, "is listed already in row 2"),
+    "a row twice, once with a dot": (HEAD + GOOD + "./" + GOOD, "is listed already in row 2"),
+    "a short row": (HEAD + "images/train-0-0-0.png,train,0\n", "has more or fewer fields than the header"),
+    "a long row": (HEAD + GOOD.strip() + ",more\n", "has more or fewer fields than the header"),
+    "an open quote": (HEAD + '"' + GOOD, "is not a csv in UTF-8"),
+    "text after a quote": (HEAD + '"images"x' + GOOD, "is not a csv in UTF-8"),
+    "a huge field": (HEAD + "x" * 200_000 + GOOD, "is not a csv in UTF-8"),
+    "UTF-16": ((HEAD + GOOD).encode("utf-16"), "is not a csv in UTF-8"),
+    "Latin-1": (HEAD.encode() + GOOD.replace("hi", "é").encode("latin-1"), "is not a csv in UTF-8"),
     "a NUL in a name": (HEAD + GOOD.replace("train-", "tr\0ain-"), "metadata.csv"),
-    "random bytes": (bytes(range(256)) * 20, "not a csv in UTF-8"),
-    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(200), "not a csv in UTF-8"),
+    "random bytes": (bytes(range(256)) * 20, "is not a csv in UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(200), "is not a csv in UTF-8"),
     "a float": (HEAD + LINE.format("0.0", 0), "y is '0.0'"),
     "a negative label": (HEAD + LINE.format(0, "-1"), "a is '-1'"),
     "no label": (HEAD + LINE.format("", 0), "y is ''"),
@@ -87,12 +87,12 @@ METADATA = {  # what stands in it, and what is said of it
     "a way up": (HEAD + "../x.png,train,0,0,hi\n", "leaves its folder"),
     "a way up in the middle": (HEAD + "images/../../x.png,train,0,0,hi\n", "leaves its folder"),
     "an absolute path": (HEAD + "/etc/passwd,train,0,0,hi\n", "leaves its folder"),
-    "a path of Windows": (HEAD + "images\\x.png,train,0,0,hi\n", "leaves its folder"),
-    "a name that is not there": (HEAD + "images/none.png,train,0,0,hi\n", "not there"),
-    "a name that is a folder": (HEAD + "images,train,0,0,hi\n", "not there"),
+    "a path of Windows": (HEAD + "images\\x.png,train,0,0,hi\n", "contains a backslash"),
+    "a name that is not there": (HEAD + "images/none.png,train,0,0,hi\n", "not found"),
+    "a name that is a folder": (HEAD + "images,train,0,0,hi\n", "not found"),
     "a very long name": (HEAD + "x" * 5000 + ",train,0,0,hi\n", "ong"),
     "a blank caption": (HEAD + GOOD.replace("hi", "  "), "text is empty"),
-    "the wrong columns in quotes": ('"file_name,split,y,a,text"\n' + GOOD, "column file_name stands 0 times"),
+    "the wrong columns in quotes": ('"file_name,split,y,a,text"\n' + GOOD, "has no column 'file_name'"),
 }
 ROLES = {  # where a script takes a folder of images
     "cluster": "cluster.py --data {bad} --clip {clip} --out {out}",
@@ -102,13 +102,11 @@ ROLES = {  # where a script takes a folder of images
     "classifier": "train_classifier.py --recipe erm --data {bad} --out {out}",
     "synthetic": "train_classifier.py --recipe two-stage --data {data} --synthetic {bad} --out {out}",
     "evaluate": "evaluate.py --classifiers {classifier} --data {bad} --out {out}",
-    "images": "evaluate_images.py --data {bad} --synthetic {data} --clip {clip} --out {out}",
-    "measured": "evaluate_images.py --data {data} --synthetic {bad} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {bad} --synthetic {data} --clip {clip} --out {out}",
+    "measured": "evaluation/images.py --data {data} --synthetic {bad} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {bad} --out {out}",
 }
-SLOW = ("classifier", "synthetic")  # these import torch first: every fourth case will do
-OF_FOLDERS = {f"{role}: {what}": (role, what) for role in ROLES if role != "folder"
-              for what in list(METADATA)[::4 if role in SLOW else 1]}
+OF_FOLDERS = {f"{role}: {what}": (role, what) for role in ROLES if role != "folder" for what in METADATA}
 
 
 def words(line, **places):
@@ -120,8 +118,8 @@ def refused(args, message, out):
     assert not out.exists() or not any(out.iterdir()), "something was published"
 
 
-@pytest.mark.parametrize("case", some(OF_FOLDERS, 20))
-def test_bad_metadata_is_one_line_for_every_script(case, place, tmp_path):
+@pytest.mark.parametrize("case", OF_FOLDERS)
+def test_bad_metadata_is_a_one_line_error_for_every_script(case, place, tmp_path):
     role, what = OF_FOLDERS[case]
     content, message = METADATA[what]
     bad = tmp_path / "bad"
@@ -131,8 +129,8 @@ def test_bad_metadata_is_one_line_for_every_script(case, place, tmp_path):
     refused(words(ROLES[role], bad=bad, out=tmp_path / "out", **place), message, tmp_path / "out")
 
 
-@pytest.mark.parametrize("role", some(ROLES, 4))
-def test_a_folder_that_is_none_is_one_line_for_every_script(role, place, tmp_path):
+@pytest.mark.parametrize("role", ROLES)
+def test_a_folder_that_is_none_is_a_one_line_error_for_every_script(role, place, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -141,13 +139,13 @@ def test_a_folder_that_is_none_is_one_line_for_every_script(role, place, tmp_pat
         refused(words(ROLES[role], bad=tmp_path / name, out=tmp_path / "out", **place), "", tmp_path / "out")
 
 
-@pytest.mark.parametrize("role", some(ROLES, 4))
+@pytest.mark.parametrize("role", ROLES)
 def test_no_script_writes_over_what_no_stage_wrote(role, place, tmp_path):
     """An OUT that is a file, holds the input, or holds somebody's files."""
     data = shutil.copytree(place["data"], tmp_path / "mine" / "data")
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     places = place | {"bad": data}
-    for out, message in ((tmp_path / "mine" / "thesis.txt", "is a file"), (data, "is or holds what is to be read"),
+    for out, message in ((tmp_path / "mine" / "thesis.txt", "is a file"), (data, "is or holds an input"),
                          (tmp_path / "mine", "is or holds"), (tmp_path / "mine" / "data" / "images", "no stage wrote"),
                          ("/", "holds this program")):
         before = files_of(tmp_path / "mine", but=())
@@ -159,21 +157,21 @@ def test_no_script_writes_over_what_no_stage_wrote(role, place, tmp_path):
 
 NUMBERS = {
     "cluster.py": "k k-max min-size batch seed",
-    "finetune.py": "balance part-dropout steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
+    "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
-    "generate.py": "images steps guidance-scale attribute-guidance clip-threshold max-tries batch seed",
+    "generate.py": "images steps guidance-scale clip-threshold max-tries batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch temperature dro-step jtt-upsampling",
-    "evaluate_images.py": "batch",
+    "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
 }
 VALUES = {"nan": "", "x": "invalid", "": "", "-1": "", "1e400": "", "0x10": "invalid"}
 FLAGS = {f"{script} --{flag} {value!r}": (script, flag, value) for script, flags in NUMBERS.items()
          for flag in flags.split() for value in VALUES
-         if not (flag == "seed" and value == "-1") and (script != "train_classifier.py" or value in ("nan", "-1"))}
+         if not (flag == "seed" and value == "-1")}
 
 
-@pytest.mark.parametrize("case", some(FLAGS, 25))
-def test_a_number_that_is_none_or_out_of_range_is_one_line(case, tmp_path):
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_number_that_is_none_or_out_of_range_is_a_one_line_error(case, tmp_path):
     script, flag, value = FLAGS[case]
     refused((script, f"--{flag}={value}", "--out", tmp_path / "out"), f"argument --{flag}: ", tmp_path / "out")
 
@@ -181,9 +179,8 @@ def test_a_number_that_is_none_or_out_of_range_is_one_line(case, tmp_path):
 CONTRADICTIONS = {
     "finetune.py --method lora --train-text-encoder --base x --data {data} --out {out}": "--train-text-encoder",
     "finetune.py --method lora --balance 1 --base x --data {data} --out {out}": "--balance",
-    "finetune.py --method lora --part-dropout 1 --base x --data {data} --out {out}": "--part-dropout",
     "finetune.py --method lora --prompt sks --base x --data {data} --out {out}": "--prompt",
-    "finetune.py --method lora --per cluster --base x --data {data} --out {out}": "has no column cluster",
+    "finetune.py --method lora --per cluster --base x --data {data} --out {out}": "has no column 'cluster'",
     "finetune.py --method lora --shard 2/2 --base x --data {data} --out {out}": "--shard",
     "finetune.py --method sdxl --base x --data {data} --out {out}": "--method",
     "finetune.py --method lora --schedule sometimes --base x --data {data} --out {out}": "--schedule",
@@ -199,9 +196,8 @@ CONTRADICTIONS = {
     "cluster.py --data {data} --clip {clip} --unknown 3 --out {out}": "--unknown",
     "cluster.py --data {data} --out {out}": "--clip",
     "evaluate.py --out {out}": "--data, --classifiers",
-    "evaluate.py --data {data} --classifiers {data} --out {out}": "holds no seed",
-    "evaluate.py --sweep {data} --out {out}": "intervals.csv",
-    "evaluate_images.py --data {data} --synthetic {data} --clip {clip} --judge {data} --out {out}": "--judge",
+    "evaluate.py --data {data} --classifiers {data} --out {out}": "contains no seed",
+    "evaluation/sweep.py --results {data} --out {out}": "intervals.csv",
     "data/prepare.py digits --bias natural --out {out}": "--bias",
     "data/prepare.py waterbirds --out {out}": "--root",
     "data/prepare.py folder --root {data} --classes one --attributes a b --out {out}": "--classes",
@@ -209,12 +205,12 @@ CONTRADICTIONS = {
     "data/prepare.py folder --root {data} --bias 0.999 --out {out}": "--bias 0.999",
     "data/prepare.py utkface --root {data} --bins 50-20 --out {out}": "--bins",
     "data/prepare.py mnist --out {out}": "dataset",
-    "report.py --run {data} --data {data} --out {out}/r.html": "intervals.csv",
+    "evaluation/report.py --run {data} --data {data} --out {out}/r.html": "intervals.csv",
 }
 
 
-@pytest.mark.parametrize("line", some(CONTRADICTIONS))
-def test_flags_that_contradict_are_one_line(line, place, tmp_path):
+@pytest.mark.parametrize("line", CONTRADICTIONS)
+def test_flags_that_contradict_are_one_line_errors(line, place, tmp_path):
     refused(words(line, out=tmp_path / "out", **place), CONTRADICTIONS[line], tmp_path / "out")
 
 
@@ -276,7 +272,7 @@ STAGES = {
     "cluster": "cluster.py --data {data} --clip {clip} --out {out}",
     "finetune": "finetune.py --method lora --base {base} --steps 1 --data {data} --out {out}",
     "classifier": "train_classifier.py --recipe erm --epochs 1 --seeds 0 --data {data} --out {out}",
-    "images": "evaluate_images.py --data {data} --synthetic {copy} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {data} --synthetic {copy} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {data} --out {out}",
 }
 
@@ -294,10 +290,10 @@ def spoilt(place, tmp_path, kinds):
 BROKEN_CASES = {f"{stage}: {kind}": (stage, kind) for stage in STAGES for kind in BROKEN}
 
 
-@pytest.mark.parametrize("case", some(BROKEN_CASES, 13))
+@pytest.mark.parametrize("case", some(BROKEN_CASES, 6))
 def test_a_broken_image_is_named_and_nothing_published(case, place, tmp_path):
     stage, kind = BROKEN_CASES[case]
-    refused(words(STAGES[stage], **spoilt(place, tmp_path, [BROKEN[kind]])), "train-1-1-23.png: can't be read as an ",
+    refused(words(STAGES[stage], **spoilt(place, tmp_path, [BROKEN[kind]])), "train-1-1-23.png: cannot be read as an ",
             tmp_path / "out")
 
 
@@ -310,7 +306,7 @@ def test_odd_images_go_through_every_stage(stage, place, tmp_path):
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_image_is_read_as_rgb_of_the_size_asked_for(kind, tmp_path):
     ODD[kind](tmp_path / "x.png")
-    image = folder.load_image(tmp_path / "x.png", 16)
+    image = imagefolder.load_image(tmp_path / "x.png", 16)
     assert image.mode == "RGB" and image.size == (16, 16)
 
 
@@ -323,13 +319,13 @@ NASTY = ("with blank.png", "quote'd.png", 'double".png', "$HOME.png", "`id`.png"
 @pytest.fixture
 def nasty(place, tmp_path):
     """The dataset with names and captions that break what is careless with them."""
-    data, rows = tmp_path / "data", folder.read_metadata(place["data"])
+    data, rows = tmp_path / "data", imagefolder.read_metadata(place["data"])
     data.mkdir()
     for i, row in enumerate(rows):
         name = NASTY[i] if i < len(NASTY) else f"{i}.png"
         shutil.copy(place["data"] / row["file_name"], data / name)
         row.update(file_name=name, text=f'{"abcd"[2 * row["y"] + row["a"]]} "photo",\n of <b>$x</b> \'é\'')
-    folder.write_csv(data / "metadata.csv", rows)
+    files.write_csv(data / "metadata.csv", rows)
     return place | {"data": data, "copy": data, "out": tmp_path / "out"}
 
 
@@ -337,12 +333,12 @@ def nasty(place, tmp_path):
 def test_nasty_names_and_captions_go_through_every_stage(stage, nasty, tmp_path):
     run(*words(STAGES[stage], **nasty))
     if stage in ("cluster", "folder"):
-        assert [row["text"] for row in folder.read_metadata(tmp_path / "out", "train")] == [
-            row["text"] for row in folder.read_metadata(nasty["data"], "train")]
+        assert [row["text"] for row in imagefolder.read_metadata(tmp_path / "out", "train")] == [
+            row["text"] for row in imagefolder.read_metadata(nasty["data"], "train")]
     if stage == "classifier":
         with open(tmp_path / "out" / "seed0" / "predictions.csv", newline="") as file:
             assert {row["file_name"] for row in csv.DictReader(file)} <= {
-                row["file_name"] for row in folder.read_metadata(nasty["data"])}
+                row["file_name"] for row in imagefolder.read_metadata(nasty["data"])}
 
 
 SMALL = {  # training images a group
@@ -355,37 +351,37 @@ SMALL = {  # training images a group
 }
 
 
-@pytest.mark.parametrize("what", some(SMALL, 4))
+@pytest.mark.parametrize("what", some(SMALL, 2))
 def test_few_classes_attributes_and_images_are_handled(what, place, tmp_path):
     data = tmp_path / "data"
     make_dataset(data, counts={(y % 2, a % 2): n for (y, a), n in SMALL[what].items()})
-    rows = folder.read_metadata(data)
+    rows = imagefolder.read_metadata(data)
     labels = {(y % 2, a % 2): (y, a) for y, a in SMALL[what]}
     for row in rows:
         row["y"], row["a"] = labels[row["y"], row["a"]]
-    folder.write_csv(data / "metadata.csv", rows)
+    files.write_csv(data / "metadata.csv", rows)
     places = place | {"data": data}
     run(*words("cluster.py --data {data} --clip {clip} --k 2 --min-size 2 --out {out}", out=tmp_path / "c", **places))
     for recipe in ("erm", "groupdro", "subg", "jtt"):
         run(*words(f"train_classifier.py --recipe {recipe} --epochs 1 --seeds 0 --data {{data}} --out {{out}}",
                    out=tmp_path / "run" / "classifiers" / recipe, **places))
-    text = run("evaluate.py", "--data", data, "--classifiers", *(tmp_path / "run" / "classifiers").iterdir(), "--out",
+    text = run("evaluate.py", "--data", data, "--classifiers", *(tmp_path / "run" / "classifiers").glob("[!.]*"), "--out",
                tmp_path / "run" / "results")
     assert "| erm |" in text and "nan" not in (tmp_path / "run" / "results" / "intervals.csv").read_text()
-    run("report.py", "--run", tmp_path / "run", "--data", data, "--out", tmp_path / "r.html")
+    run("evaluation/report.py", "--run", tmp_path / "run", "--data", data, "--out", tmp_path / "r.html")
 
 
 def test_data_without_held_out_images_are_not_measured_against(place, tmp_path):
     data = make_dataset(tmp_path / "data", splits=["train"])
     refused(words(STAGES["images"], data=data, copy=place["data"], out=tmp_path / "out", clip=place["clip"]),
-            "has no image of split val or test", tmp_path / "out")
+            "has no images of split val or test", tmp_path / "out")
 
 
 @pytest.mark.parametrize("split", ("train", "val"))
-def test_a_split_without_images_is_one_line(split, place, tmp_path):
-    data = make_dataset(tmp_path / "data", splits=[other for other in folder.SPLITS if other != split])
+def test_a_split_without_images_is_a_one_line_error(split, place, tmp_path):
+    data = make_dataset(tmp_path / "data", splits=[other for other in imagefolder.SPLITS if other != split])
     refused(words("train_classifier.py --recipe erm --data {data} --out {out}", data=data, out=tmp_path / "out"),
-            f"no image of split {split}", tmp_path / "out")
+            f"has no images of split {split}", tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------- models and files of stages
@@ -428,7 +424,7 @@ BASES = {
 
 @pytest.mark.parametrize("script", ("finetune", "generate"))
 @pytest.mark.parametrize("what", some(BASES, 11))
-def test_a_base_model_that_is_not_whole_is_one_line(what, script, place, tmp_path):
+def test_a_base_model_that_is_not_whole_is_a_one_line_error(what, script, place, tmp_path):
     base = shutil.copytree(place["base"], tmp_path / "base")
     BASES[what](base)
     line = {"finetune": "finetune.py --method lora --base {base} --data {data} --out {out}",
@@ -447,7 +443,7 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("what", some(CLIPS, 4))
-def test_a_clip_that_is_not_whole_is_one_line(what, place, tmp_path):
+def test_a_clip_that_is_not_whole_is_a_one_line_error(what, place, tmp_path):
     clip = shutil.copytree(place["clip"], tmp_path / "clip")
     CLIPS[what](clip)
     refused(words("cluster.py --data {data} --clip {clip} --out {out}", **place | {"clip": clip}, out=tmp_path / "out"),
@@ -466,22 +462,22 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("what", some(MODELS, 5))
-def test_a_config_that_is_not_of_finetune_is_one_line(what, place, tmp_path):
+@pytest.mark.parametrize("what", MODELS)
+def test_a_config_that_is_not_of_finetune_is_a_one_line_error(what, place, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "config.json").write_text(
         MODELS[what] if isinstance(MODELS[what], str) else json.dumps(MODELS[what]))
     refused(words("generate.py --base {base} --clip {clip} --data {data} --models {models} --out {out}",
-                  models=tmp_path / "models", out=tmp_path / "out", **place), "is not of finetune.py", tmp_path / "out")
+                  models=tmp_path / "models", out=tmp_path / "out", **place), "was not written by finetune.py", tmp_path / "out")
 
 
-def test_a_cluster_that_leaves_its_folder_is_one_line(place, tmp_path):
-    rows = folder.read_metadata(place["data"], "train")
+def test_a_cluster_that_leaves_its_folder_is_a_one_line_error(place, tmp_path):
+    rows = imagefolder.read_metadata(place["data"], "train")
     data = tmp_path / "data"
     data.mkdir()
     (data / "images").symlink_to(place["data"] / "images")
     for cluster in ("/../../../evil", "-1", "", "x"):
-        folder.write_csv(data / "metadata.csv", [dict(row, cluster=cluster) for row in rows])
+        files.write_csv(data / "metadata.csv", [dict(row, cluster=cluster) for row in rows])
         refused(words("finetune.py --method lora --per cluster --base {base} --data {bad} --out {out}", bad=data,
                       out=tmp_path / "out", **place), "cluster is", tmp_path / "out")
 
@@ -497,8 +493,8 @@ PREDICTIONS = {
 }
 
 
-@pytest.mark.parametrize("what", some(PREDICTIONS, 5))
-def test_predictions_that_are_none_are_one_line(what, place, tmp_path):
+@pytest.mark.parametrize("what", PREDICTIONS)
+def test_predictions_that_are_none_are_one_line_errors(what, place, tmp_path):
     seed = tmp_path / "erm" / "seed0"
     seed.mkdir(parents=True)
     content = PREDICTIONS[what]
@@ -517,7 +513,7 @@ FIELDS = st.one_of(st.sampled_from(["0", "1", "train", "val", "x.png", "y.png", 
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=200), st.lists(st.lists(FIELDS, max_size=7), max_size=6)),
-       st.permutations(folder.REQUIRED))
+       st.permutations(imagefolder.REQUIRED))
 def test_fuzz_metadata_is_read_right_or_refused(tmp_path_factory, content, columns):
     """What is read are rows of the file as Python's own reader sees it, its labels as they stand there."""
     path = FUZZED.setdefault("path", None) or FUZZED.setdefault("made", tmp_path_factory.mktemp("fuzz"))
@@ -529,15 +525,15 @@ def test_fuzz_metadata_is_read_right_or_refused(tmp_path_factory, content, colum
     else:
         (path / "metadata.csv").write_bytes(content)
     try:
-        rows = folder.read_metadata(path)
-    except (folder.InputError, OSError):  # run() makes one line of both
+        rows = imagefolder.read_metadata(path)
+    except (files.InputError, OSError):  # run() makes one line of both
         return
     with open(path / "metadata.csv", encoding="utf-8-sig", newline="") as file:
         for row, line in zip(rows, csv.DictReader(file), strict=True):
             assert {name: str(value) for name, value in row.items() if name not in "ya"} == {
                 name: value for name, value in line.items() if name not in "ya"}
             assert (row["y"], row["a"]) == (int(line["y"]), int(line["a"])) and min(row["y"], row["a"]) >= 0
-            assert row["split"] in folder.SPLITS and (path / row["file_name"]).resolve().is_relative_to(path.resolve())
+            assert row["split"] in imagefolder.SPLITS and (path / row["file_name"]).resolve().is_relative_to(path.resolve())
 
 
 FUZZED = {}
@@ -554,8 +550,8 @@ def test_fuzz_an_image_is_read_or_refused(tmp_path_factory, kind, changes, end):
         content[place % len(content)] = value
     path.write_bytes(content[:max(1, len(content) - end)] if end < 1000 else content)
     try:
-        image = folder.load_image(path, 8)
-    except folder.InputError:
+        image = imagefolder.load_image(path, 8)
+    except files.InputError:
         return
     assert image.mode == "RGB" and image.size == (8, 8)
 
@@ -571,8 +567,8 @@ def test_fuzz_what_is_written_is_read_again(tmp_path_factory, groups):
         return
     for row in rows:
         (path / row["file_name"]).write_bytes(b"")
-    folder.write_csv(path / "metadata.csv", rows)
-    assert folder.read_metadata(path) == rows
+    files.write_csv(path / "metadata.csv", rows)
+    assert imagefolder.read_metadata(path) == rows
 
 
 def test_a_million_rows_are_read_in_a_minute(tmp_path):
@@ -583,15 +579,6 @@ def test_a_million_rows_are_read_in_a_minute(tmp_path):
         file.write(HEAD)
         file.writelines(f"{i}.png,train,{i % 2},{i % 3},hi\n" for i in range(count))
     start = time.monotonic()
-    with pytest.raises(folder.InputError, match="not there"):
-        folder.read_metadata(tmp_path)
+    with pytest.raises(files.InputError, match="not found"):
+        imagefolder.read_metadata(tmp_path)
     assert time.monotonic() - start < 60
-
-
-def test_the_number_of_cases(capsys):
-    kinds = (OF_FOLDERS, FLAGS, CONTRADICTIONS, BROKEN_CASES, ODD, BASES, BASES, CLIPS, MODELS, PREDICTIONS, SMALL)
-    total = sum(map(len, kinds)) + 5 * len(ROLES) + 5 * len(ROLES) + len(NASTY) * len(STAGES)
-    with capsys.disabled():
-        print(f"\nbad input: {total} cases{'' if LONG else ', some of them in the short version'}; "
-              f"fuzzing: 3 x {EXAMPLES} examples")
-    assert total >= 200

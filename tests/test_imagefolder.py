@@ -6,40 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_dataset, run
+from conftest import ROOT, run
 from PIL import Image
 
-from data import imagefolder as folder
+from common import files, imagefolder
 
 HEADER = "file_name,split,y,a,text\n"
-BAD_METADATA = {
-    "a missing column": ("file_name,split,y,text\nx.png,train,0,hi\n", "column a stands 0 times"),
-    "a doubled column": ("file_name,split,y,a,a,text\nx.png,train,0,0,0,hi\n", "column a stands 2 times"),
-    "a float label": (HEADER + "x.png,train,0.5,0,hi\n", "y is '0.5'"),
-    "a negative label": (HEADER + "x.png,train,0,-1,hi\n", "a is '-1'"),
-    "an unknown split": (HEADER + "x.png,dev,0,0,hi\n", "split is 'dev'"),
-    "a path out of the folder": (HEADER + "../x.png,train,0,0,hi\n", "leaves its folder"),
-    "an absolute path": (HEADER + "/etc/x.png,train,0,0,hi\n", "leaves its folder"),
-    "a doubled row": (HEADER + "x.png,train,0,0,hi\n" * 2, "stands twice"),
-    "an empty caption": (HEADER + "x.png,train,0,0, \n", "text is empty"),
-    "a short row": (HEADER + "x.png,train,0\n", "another number of fields"),
-    "an image that is not there": (HEADER + "y.png,train,0,0,hi\n", "not there"),
-    "no row": (HEADER, "no image"),
-    "an empty file": ("", "column file_name stands 0 times"),
-    "Latin-1": (HEADER.encode() + "x.png,train,0,0,\xe9\n".encode("latin-1"), "not a csv in UTF-8"),
-    "two captions in a group": (HEADER + "x.png,train,0,0,hi\nz.png,train,0,0,ho\n", "has several texts"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_METADATA)
-def test_bad_metadata_is_one_line_and_nothing_is_published(case, tmp_path):
-    content, message = BAD_METADATA[case]
-    (tmp_path / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    for name in ("x.png", "z.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    run("finetune.py", "--method", "lora", "--base", "none", "--data", tmp_path, "--out", tmp_path / "out",
-        fails=message)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_byte_order_mark_crlf_and_quoted_captions_are_read(tmp_path):
@@ -47,7 +19,7 @@ def test_a_byte_order_mark_crlf_and_quoted_captions_are_read(tmp_path):
     line = 'x.png,train,1,0,"a ""photo"", of a digit"'
     (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + line).replace("\n", "\r\n").encode())
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    assert folder.read_metadata(tmp_path) == [{"file_name": "x.png", "split": "train", "y": 1, "a": 0, "text": text}]
+    assert imagefolder.read_metadata(tmp_path) == [{"file_name": "x.png", "split": "train", "y": 1, "a": 0, "text": text}]
 
 
 @pytest.mark.parametrize("mode", ("L", "P", "CMYK", "RGBA", "I;16", "1"))
@@ -57,7 +29,7 @@ def test_every_mode_of_image_becomes_rgb_of_the_same_look(mode, tmp_path):
              }.get(mode, lambda: grey.convert("RGB").convert(mode))()
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     image.save(path)
-    read = folder.load_image(path, 16)
+    read = imagefolder.load_image(path, 16)
     assert read.mode == "RGB" and read.size == (16, 16)
     if mode != "1":
         assert all(abs(channel - 200) <= 3 for channel in read.getpixel((8, 8)))
@@ -65,12 +37,12 @@ def test_every_mode_of_image_becomes_rgb_of_the_same_look(mode, tmp_path):
 
 def test_transparent_is_white_and_exif_rotation_is_undone(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert folder.load_image(tmp_path / "clear.png", 8).getpixel((4, 4)) == (255, 255, 255)
+    assert imagefolder.load_image(tmp_path / "clear.png", 8).getpixel((4, 4)) == (255, 255, 255)
     image, exif = Image.new("RGB", (16, 16), "black"), Image.Exif()
     image.paste("white", (0, 0, 16, 8))  # white above; orientation 3 says that it was taken upside down
     exif[0x0112] = 3
     image.save(tmp_path / "turned.png", exif=exif)
-    assert folder.load_image(tmp_path / "turned.png", 16).getpixel((8, 12)) == (255, 255, 255)
+    assert imagefolder.load_image(tmp_path / "turned.png", 16).getpixel((8, 12)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("content", (b"", b"I am no image", None))
@@ -78,47 +50,64 @@ def test_a_broken_image_is_an_input_error(content, tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "x.png")
     whole = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(whole[:len(whole) // 2] if content is None else content)
-    with pytest.raises(folder.InputError, match="can't be read as an image"):
-        folder.load_image(tmp_path / "x.png", 32)
+    with pytest.raises(files.InputError, match="cannot be read as an image"):
+        imagefolder.load_image(tmp_path / "x.png", 32)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
-    folder.write_json(tmp_path / "x.json", 1)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    files.write_json(tmp_path / "x.json", 1)
     with pytest.raises(TypeError):
-        folder.write_json(tmp_path / "x.json", object())
+        files.write_json(tmp_path / "x.json", object())
     assert (tmp_path / "x.json").read_text() == "1\n"
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_class_is_tied_to_the_attribute_that_is_most_over_represented_in_it():
+def test_groups_are_named_by_what_their_prompts_do_not_share():
+    texts = {"y0-a0": "a photo of a landbird on land", "y1-a0": "a photo of a waterbird on land"}
+    rows = [dict(zip("ya", map(int, group[1::3])), text=text) for group, text in texts.items()]
+    assert imagefolder.group_titles(rows) == {"y0-a0": "landbird on land (y0-a0)", "y1-a0": "waterbird on land (y1-a0)"}
+    assert imagefolder.group_titles(rows[:1]) == {"y0-a0": "photo of a landbird on land (y0-a0)"}
+
+
+def test_file_digests_follow_the_bytes_and_the_listing_what_changed(tmp_path):
+    (tmp_path / "x").write_text("one")
+    first, listed = files.file_digests(tmp_path, ["x"]), files.listing(tmp_path)
+    os.utime(tmp_path / "x", ns=(1, 1))
+    assert files.file_digests(tmp_path, ["x"]) == first and files.listing(tmp_path) != listed
+    (tmp_path / "x").write_text("two")
+    assert files.file_digests(tmp_path, ["x"]) != first
+
+
+def test_a_class_is_correlated_with_the_attribute_most_over_represented_in_it():
     counts = {"y0-a0": 60, "y0-a1": 30, "y1-a0": 40, "y1-a1": 5}  # a0 is common everywhere; of a1, 30 of 35 are y0
-    assert folder.tied_attribute(counts, 0) == 1 and folder.tied_attribute(counts, 1) == 0
+    assert imagefolder.correlated_attribute(counts, 0) == 1 and imagefolder.correlated_attribute(counts, 1) == 0
 
 
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
-def test_an_interrupt_is_one_line_and_says_how_to_go_on_whatever_a_library_swallows(sent):
-    code = "import sys, time; sys.argv = ['stage.py']; from data import imagefolder as f\n" \
-           "def main():\n print('up', flush=True)\n while True:\n  try: time.sleep(60)\n  except BaseException: pass\n" \
-           "f.run(main)"
+def test_an_interrupt_is_one_line_and_says_how_to_resume_whatever_a_library_swallows(sent):
+    code = "import sys, time; sys.argv = ['stage.py']; from common import stage\n" \
+           "def main(argv):\n print('up', flush=True)\n while True:\n  try: time.sleep(60)\n  except BaseException: pass\n" \
+           "stage.run(main)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
     process.stdout.readline()
     process.send_signal(sent)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert errors == "stage.py: interrupted (the same command goes on from here)\n"
+    assert errors == "stage.py: interrupted (rerun the same command to resume)\n"
 
 
-def test_flags_out_of_range_are_one_line():
+def test_flags_out_of_range_are_one_line_errors():
     run("cluster.py", "--data", "x", "--clip", "x", "--out", "x", "--k", "0", fails="argument --k: 0 is not between")
     run("cluster.py", "--data", "x", "--clip", "x", "--out", "x", "--k", "many", fails="argument --k: invalid")
     run("generate.py", "--base", "x", "--clip", "x", "--data", "x", "--out", "x", "--guidance-scale", "nan",
         fails="nan is not between 1 and inf")
     run("finetune.py", "--method", "lora", "--base", "x", "--data", "x", "--out", "x", "--shard", "3/3",
-        fails="shards count from 0/n to n-1/n")
+        fails="shards are numbered from 0/n to n-1/n")
 
 
 @pytest.mark.parametrize("script", ("data/prepare.py", "base/pretrain.py", "cluster.py", "finetune.py", "generate.py",
-                                    "train_classifier.py", "evaluate.py"))
+                                    "train_classifier.py", "evaluate.py", "evaluation/images.py",
+                                    "evaluation/sweep.py", "evaluation/report.py"))
 def test_help_explains_every_flag(script):
     text = run(script, "--help")
     flags = [line for line in text.splitlines() if line.startswith("  --")]

@@ -3,11 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import environment, files_of, new_house
+from conftest import files_of, new_house, slow
 from conftest import make as run_make
+
+from common import files
 
 TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
         "DREAMBOOTH=--steps 1 --batch 1", "CLUSTERED=", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
@@ -21,8 +24,8 @@ def house(base, tmp_path_factory):
     return house
 
 
-def make(house, *args):
-    return run_make(house, *TINY, *args)
+def make(house, *args, **options):
+    return run_make(house, *TINY, *args, **options)
 
 
 def would_run(house, *args):
@@ -33,7 +36,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
-SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # these tell how long things took
+SECONDS = ("config.json", "cost.csv", "cost.md", "report.html", ".checked")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
@@ -79,16 +82,17 @@ def test_shards_and_launch_redo_no_finished_work(house):
     assert would_run(house, "SHARDS=2", "LAUNCH=nice") == []
 
 
+@slow
 def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
     lora = house / "runs" / "digits-0.95" / "models" / "lora"
     before = files_of(lora)
     shutil.rmtree(lora)
     text = make(house, "SHARDS=2", "LAUNCH=nice", "-j2", str(lora.relative_to(house) / "config.json"))
-    assert "nice .venv/bin/python finetune.py" in text and "--shard 1/2" in text
+    assert "xargs -P 2 -I {} nice .venv/bin/python finetune.py" in text and "--shard {}/2" in text
     assert files_of(lora) == before
 
 
-def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
+def test_an_unfinished_stage_resumes_to_the_same_bytes(house):
     runs = house / "runs" / "digits-0.95"
     before = files_of(runs, but=SECONDS)
     shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: no unit, nothing that says done
@@ -98,6 +102,13 @@ def test_an_unfinished_stage_is_gone_on_from_with_the_same_bytes(house):
     assert files_of(runs, but=SECONDS) == before
 
 
+def test_other_model_seeds_would_be_runs_of_their_own(house):
+    text = make(house, "-n", "MODEL_SEEDS=0 1", "RECIPES=erm lora")
+    assert "finetune.py --base base/miniature --seed 1" in text and "--out runs/digits-0.95-seed1/models/lora" in text
+    assert "runs/digits-0.95/classifiers/lora runs/digits-0.95-seed1/classifiers/lora" in text
+
+
+@slow
 def test_other_seeds_of_the_models_are_runs_of_their_own_in_one_table(house):
     before = would_run(house, "MODEL_SEEDS=0 1", "RECIPES=erm lora")
     assert before == ["classifiers/lora", "images", "models/lora", "results", "results/report.html", "synthetic/lora"]
@@ -117,11 +128,11 @@ def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(hous
     text = make(house, "-n", "sweep", "BIAS=0.9 0.99", "RECIPES=erm")
     for bias in ("0.9", "0.99"):
         assert f"data/prepare.py digits --bias {bias} --out data/digits-{bias}" in text
-    assert "evaluate.py --sweep runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
+    assert "evaluation/sweep.py --results runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
     assert not (house / "data" / "digits-0.9").exists()
 
 
-def test_an_ablation_changes_one_setting_and_keeps_what_does_not_hang_on_it(house):
+def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(house):
     lines = [" ".join(line.split()) for line in make(house, "-n", "ablate").splitlines()]
     made = {line.split(" --out runs/digits-0.95/")[1]: line for line in lines if " --out runs/" in line}
     assert not {"clusters", "models/clustered", "synthetic/vanilla", "classifiers/clustered"} & set(made)
@@ -137,27 +148,114 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_hang_on_it(hous
         made["ablations/prior"] + " "
 
 
-@pytest.mark.parametrize("locked, args", (("digits-0.95", ()), ("digits-0.99", ("sweep", "BIAS=0.9 0.99")),
-                                          ("digits-0.95-seed1", ("MODEL_SEEDS=0 1",))))
-def test_a_second_make_on_the_same_run_is_refused_while_the_first_lives(house, locked, args, tmp_path):
-    with subprocess.Popen(["make", "-f-", "wait"], stdin=subprocess.PIPE, cwd=tmp_path, env=environment()) as first:
-        first.stdin.write(b"wait:; @sleep 60")
-        first.stdin.close()
-        (house / "runs" / f"{locked}.pid").write_text(f"{first.pid}\n")
-        done = subprocess.run(["make", *TINY, *args], cwd=house, capture_output=True, text=True, env=environment())
-        first.kill()
-    assert done.returncode == 2 and f"another make (process {first.pid}) is at work on {locked}: wait" in done.stderr
-    assert [path.name for path in (house / "runs").glob("*.pid")] == [f"{locked}.pid"]
-    (house / "runs" / f"{locked}.pid").unlink()
-
-
-def test_what_a_dead_make_held_is_taken_over_though_its_number_lives_on(house):
-    with subprocess.Popen(["sleep", "60"]) as other:
-        (house / "runs" / "digits-0.95.pid").write_text(f"{other.pid}\n")
-        assert "| erm |" in make(house) and not list((house / "runs").glob("*.pid"))
+def test_a_folder_that_another_process_writes_is_refused_while_that_process_lives(house):
+    lock = house / "runs" / "digits-0.95" / "classifiers" / ".erm.lock"
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True)"
+    with subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)", lock], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        make(house, "EPOCHS=2", fails="erm: is in use by another process (wait for it to finish, or stop it)")
+        lines = dict(line.split(maxsplit=1) for line in make(house, "status").splitlines())
+        assert lines["runs/digits-0.95/classifiers/erm"] == "1 of 1 seeds done, running"
         other.kill()
+    make(house)
 
 
-def test_help_shows_the_settings_and_their_values(house):
+# ----------------------------------------------------------------------- what was lost or changed is made again
+
+
+@pytest.fixture
+def restored(house):
+    """The house, checked to be complete again after the test."""
+    before = files_of(house / "runs", but=SECONDS)
+    yield house
+    make(house)
+    assert files_of(house / "runs", but=SECONDS) == before and would_run(house) == []
+
+
+def test_an_edited_or_lost_image_of_the_data_is_noticed(restored):
+    images = sorted((restored / "data" / "digits-0.95" / "images").iterdir())
+    images[0].write_bytes(images[1].read_bytes())
+    images[2].unlink()
+    text = make(restored, "-n")
+    assert "data/prepare.py digits" in text and "classifiers/erm" in text
+
+
+def test_a_lost_image_unit_or_prediction_is_noticed(restored):
+    run = restored / "runs" / "digits-0.95"
+    (run / "synthetic" / "vanilla" / "y0-a0" / "00000.png").unlink()
+    shutil.rmtree(run / "models" / "lora" / "y1-a0")
+    (run / "classifiers" / "erm" / "seed0" / "predictions.csv").unlink()
+    assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(restored))
+
+
+@slow
+def test_another_base_model_retrains_what_was_made_from_the_first(house):
+    config = house / "base" / "miniature" / "scheduler" / "scheduler_config.json"
+    before = config.read_text()
+    files.write_json(config, files.read_json(config) | {"beta_end": 0.013})
+    again = would_run(house)
+    assert {"models/lora", "synthetic/lora"} <= set(again) and "clusters" not in again  # CLIP is what it was
+    text = make(house, "runs/digits-0.95/models/lora/config.json")
+    assert text.count("images, loss") == 4
+    config.write_text(before)
+    make(house)
+
+
+def test_dropped_weights_are_trained_again_only_when_images_are_missing(house):
+    make(house, "KEEP_WEIGHTS=no")
+    lora = house / "runs" / "digits-0.95" / "models" / "lora"
+    assert not list(lora.rglob("*.safetensors")) and list(lora.rglob("loss.csv"))
+    assert would_run(house, "KEEP_WEIGHTS=no") == []
+    assert {"models/lora", "synthetic/lora"} <= set(would_run(house, "KEEP_WEIGHTS=no", "IMAGES=4"))
+    make(house)
+    assert list(lora.rglob("*.safetensors")) and would_run(house) == []
+
+
+def test_an_edited_comment_retrains_nothing(house):
+    script = house / "finetune.py"
+    before = script.read_text()
+    script.write_text(before.replace('"""Stage 2:', '"""The second stage:') + "# a comment\n")
+    assert "models/lora" in would_run(house)
+    assert "images, loss" not in make(house)
+    script.write_text(before)
+    make(house)
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("setting, message", (
+    ("RECIPES=lora lroa", "RECIPES: lroa is no recipe, did you mean lora? (recipes: erm, "),
+    ("RECIPES=erm lora+vanlla", "RECIPES: vanlla is no recipe, did you mean vanilla?"),
+    ("DATASET=birds", "DATASET=birds: no such dataset (use one of celeba, digits, folder, utkface, waterbirds"),
+    ("BIAS=95", "BIAS=95: give a number from 0 to 1"), ("BIAS=high", "BIAS=high: give a number from 0 to 1"),
+    ("BIAS=0.9 0.99", 'BIAS=0.9 0.99: give one value (or run: make sweep BIAS="0.9 0.99")'),
+    ("SEEDS=0 one", 'SEEDS=0 one: give integers, for example SEEDS="0 1 2"'), ("MODEL_SEEDS=-1", "MODEL_SEEDS=-1: give"),
+    ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("SHARDS=0", "SHARDS=0: give a positive integer"),
+    ("RECIPIES=erm", "RECIPIES: no such setting (did you mean RECIPES?"),
+    ("GENERATE=--clip-treshold 0.2", "generate.py: error: unrecognized arguments: --clip-treshold 0.2"),
+    ("CLASSIFIER=--arch vgg", "train_classifier.py: error: argument --arch: invalid choice: 'vgg'"),
+    ("K=many", "cluster.py: error: argument --k"),
+))
+def test_an_invalid_setting_ends_before_anything_runs(house, setting, message):
+    before = files_of(house / "runs", but=())
+    tiny = [given for given in TINY if given.split("=")[0] != setting.split("=")[0]]
+    errors = run_make(house, *tiny, setting, fails=message)
+    assert len([line for line in errors.splitlines() if "rror" in line or "***" in line]) <= 2
+    assert files_of(house / "runs", but=()) == before and not (house / "data" / "digits-95").exists()
+
+
+def test_the_same_settings_in_another_form_are_the_same_run(house):
+    tiny = [given for given in TINY if given.split("=")[0] not in ("RECIPES", "SEEDS")]
+    text = run_make(house, *tiny, "-n", "RECIPES=erm,vanilla,lora,clustered,erm", "SEEDS=0 0", "BIAS=.950")
+    assert "--out" not in text
+
+
+def test_help_fits_a_screen_and_shows_the_settings_and_their_values(house):
     text = make(house, "help", "BIAS=0.9")
-    assert "BIAS          0.9" in text and "make test" in text
+    assert "BIAS          0.9" in text and "make test" in text and len(text.splitlines()) < 40
+
+
+def test_status_tells_what_is_done_and_to_do(house):
+    lines = dict(line.split(maxsplit=1) for line in make(house, "status", "RECIPES=erm lora groupdro").splitlines())
+    assert lines["runs/digits-0.95/models/lora"] == "done" and lines["runs/digits-0.95/classifiers/groupdro"] == "to do"

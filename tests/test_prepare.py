@@ -5,7 +5,7 @@ import pytest
 from conftest import files_of, run
 from PIL import Image
 
-from data import imagefolder as folder
+from common import imagefolder
 
 
 @pytest.fixture(scope="module")
@@ -16,38 +16,45 @@ def digits(tmp_path_factory):
 
 
 def test_every_digit_is_there_once(digits):
-    rows = folder.read_metadata(digits)
+    rows = imagefolder.read_metadata(digits)
     assert len(rows) == len({row["file_name"] for row in rows}) == 1797
     assert len({(digits / row["file_name"]).read_bytes() for row in rows}) == 1797
     assert all(row["y"] == int(row["digit"]) % 2 for row in rows)
 
 
 def test_train_is_biased_as_asked_and_val_and_test_are_balanced(digits):
-    counts = {split: folder.group_counts(folder.read_metadata(digits, split)) for split in folder.SPLITS}
+    counts = {split: imagefolder.group_counts(imagefolder.read_metadata(digits, split)) for split in imagefolder.SPLITS}
     for y in (0, 1):
         agreeing, other = counts["train"][f"y{y}-a{y}"], counts["train"][f"y{y}-a{1 - y}"]
         assert abs(agreeing / (agreeing + other) - 0.95) < 0.5 / (agreeing + other) + 1e-9
     assert set(counts["val"].values()) == {75} and set(counts["test"].values()) == {124}
 
 
-def test_the_attribute_is_the_colour_of_the_ground_and_the_text_names_both(digits):
-    for row in folder.read_metadata(digits)[::50]:
+def test_the_attribute_is_the_colour_of_the_background_and_the_text_names_both(digits):
+    for row in imagefolder.read_metadata(digits)[::50]:
         red, green, _ = np.asarray(Image.open(digits / row["file_name"]), int)[0, 0]
         assert (red > green) == (row["a"] == 0)
         assert ("even", "odd")[row["y"]] in row["text"] and ("red", "green")[row["a"]] in row["text"]
 
 
-def test_the_same_severity_gives_the_same_bytes(digits, tmp_path):
+def test_the_same_bias_gives_the_same_bytes(digits, tmp_path):
     run("data/prepare.py", "digits", "--bias", 0.95, "--out", tmp_path / "again")
     assert files_of(digits) == files_of(tmp_path / "again")
 
 
-def test_another_severity_has_the_same_images_in_the_same_splits(digits, tmp_path):
+def test_another_bias_has_the_same_images_in_the_same_splits(digits, tmp_path):
     run("data/prepare.py", "digits", "--bias", 1, "--out", tmp_path / "d")
-    splits = [{row["file_name"]: row["split"] for row in folder.read_metadata(out)} for out in (digits, tmp_path / "d")]
+    splits = [{row["file_name"]: row["split"] for row in imagefolder.read_metadata(out)} for out in (digits, tmp_path / "d")]
     assert splits[0] == splits[1]
-    assert set(folder.group_counts(folder.read_metadata(tmp_path / "d", "train"))) == {"y0-a0", "y1-a1"}
+    assert set(imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "d", "train"))) == {"y0-a0", "y1-a1"}
 
 
-def test_a_severity_out_of_range_is_refused(tmp_path):
+def test_a_bias_out_of_range_is_refused(tmp_path):
     run("data/prepare.py", "digits", "--bias", 1.2, "--out", tmp_path / "d", fails="--bias: 1.2 is not between")
+
+
+def test_each_split_is_an_imagefolder_of_its_own_as_load_dataset_expects(digits):
+    """Tried with datasets 5.2.0: load_dataset("imagefolder", data_dir=OUT) has splits of 1001, 300 and 496 rows."""
+    for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
+        part = digits / "splits" / name
+        assert imagefolder.read_metadata(part) == imagefolder.read_metadata(digits, split)

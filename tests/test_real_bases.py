@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data import imagefolder as folder
+from common import imagefolder
 
 SHAPES = {  # what tells the two apart; the widths are 320, 640, 1280, 1280 in earnest
     "sd15": {"width": 768, "heads": 12, "prediction": "epsilon",
@@ -54,15 +54,15 @@ def test_fine_tuned_weights_reload_in_plain_diffusers_and_draw_the_same_images(b
     same = ("--base", sd, "--data", dataset)
     text = run("finetune.py", *same, "--method", "lora", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32, "--out",
                tmp_path / "lora")
-    assert "weights of which" in text and "activations on top" in text
+    assert "M weights, of which" in text and "plus activations" in text
     run("generate.py", *same, "--clip", base / "clip", "--models", tmp_path / "lora", "--images", 2, "--batch", 2,
         "--steps", 3, "--clip-threshold", 0, "--out", tmp_path / "images")
     pipe = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
     pipe.load_lora_weights(tmp_path / "lora" / "y1-a0")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert pipe.scheduler.config.prediction_type == SHAPES[shape]["prediction"]
-    row = next(row for row in folder.read_metadata(tmp_path / "images") if row["unit"] == "y1-a0")
-    image = pipe(row["text"] + " sks", num_inference_steps=3, guidance_scale=2.0,
+    row = next(row for row in imagefolder.read_metadata(tmp_path / "images") if row["unit"] == "y1-a0")
+    image = pipe(row["prompt"], num_inference_steps=3, guidance_scale=2.0,
                  generator=torch.Generator().manual_seed(int(row["seed"]))).images[0]
     drawn = np.asarray(Image.open(tmp_path / "images" / row["file_name"]), int)
     assert abs(drawn - np.asarray(image, int)).max() <= 2 and drawn.std() > 1
@@ -79,15 +79,15 @@ def test_fp16_variants_load_and_weights_are_saved_in_bf16_on_demand(base, datase
     assert size < 2.1 * sum(weight.numel() for weight in unet.parameters())
 
 
-def test_what_is_no_base_is_one_line(base, dataset, tmp_path):
+def test_an_invalid_base_is_a_one_line_error(base, dataset, tmp_path):
     args = ("generate.py", "--clip", base / "clip", "--data", dataset, "--images", 1, "--out", tmp_path / "out")
-    run(*args, "--base", "somebody/of-the-hub", fails="--base somebody/of-the-hub: can't be loaded")
+    run(*args, "--base", "somebody/of-the-hub", fails="--base somebody/of-the-hub: cannot be loaded")
     pickled = shutil.copytree(base, tmp_path / "pickled")
     weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    run(*args, "--base", pickled, fails="can't be loaded")
+    run(*args, "--base", pickled, fails="cannot be loaded")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    run(*args, "--base", tmp_path / "broken.safetensors", fails="can't be loaded")
+    run(*args, "--base", tmp_path / "broken.safetensors", fails="cannot be loaded")
 
 
 def single_file(pipe):
@@ -139,7 +139,7 @@ def test_a_single_file_checkpoint_draws_what_the_folder_draws(base, dataset, tmp
             "--clip-threshold", 0)
     run(*args, "--base", sd, "--out", tmp_path / "of-folder")
     run(*args, "--base", tmp_path / "one.safetensors", "--out", tmp_path / "of-file")
-    for row in folder.read_metadata(tmp_path / "of-folder"):
+    for row in imagefolder.read_metadata(tmp_path / "of-folder"):
         one, other = (np.asarray(Image.open(tmp_path / out / row["file_name"]), int)
                       for out in ("of-folder", "of-file"))
         assert abs(one - other).max() <= 1 and one.std() > 1

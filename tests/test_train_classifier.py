@@ -1,18 +1,17 @@
 """train_classifier.py: the losses by hand, the stage by its files."""
 
 import csv
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_of, run
+from conftest import files_of, make_dataset, run, start
 from torch.nn import functional as F
 
-from data import imagefolder as folder
-from train_classifier import RECIPES, Images, Losses, fit_last_layer, supervised_contrastive, takes_synthetic
+from common import files, imagefolder
+from common.classifiers import Images
+from train_classifier import RECIPES, Losses, fit_last_layer, supervised_contrastive, takes_synthetic
 
 QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
 
@@ -46,7 +45,7 @@ class Sized:
 
 
 def test_group_dro_follows_algorithm_1():
-    losses = Losses(Sized([0, 2, 2]), 3, SimpleNamespace(dro_step=0.5, dro_adjustment=0))
+    losses = Losses(Sized([0, 1, 2, 2]), 3, SimpleNamespace(dro_step=0.5, dro_adjustment=0))
     logits, y, group = torch.tensor([[2., 0.], [0., 1.], [0., 0.]]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
     each = F.cross_entropy(logits, y, reduction="none")
     means = torch.stack([each[0], torch.tensor(0.), (each[1] + each[2]) / 2])
@@ -67,6 +66,12 @@ def test_group_dro_gives_the_numbers_of_spuco():
         given.append(losses.group_dro(logits, None, y, group).item())
     assert given == pytest.approx([0.7501942, 0.5709484, 0.6977528], abs=1e-6)
     assert losses.group_weights.tolist() == pytest.approx([0.2351588, 0.2836747, 0.2505705, 0.2305960], abs=1e-6)
+
+
+def test_a_group_without_training_images_has_no_weight_in_group_dro():
+    losses = Losses(Sized([0] * 9 + [2]), 3, SimpleNamespace(dro_step=1, dro_adjustment=5))
+    losses.group_dro(torch.zeros(2, 2), None, torch.tensor([0, 1]), torch.tensor([0, 2]))
+    assert losses.group_weights[1] == 0 and losses.group_weights.sum() == pytest.approx(1)
 
 
 def test_the_generalisation_adjustment_moves_weight_to_small_groups():
@@ -157,7 +162,7 @@ def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_b
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     with open(tmp_path / "a" / "seed0" / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
-    wanted = [row for split in ("val", "test") for row in folder.read_metadata(dataset, split)]
+    wanted = [row for split in ("val", "test") for row in imagefolder.read_metadata(dataset, split)]
     assert [row["file_name"] for row in rows] == [row["file_name"] for row in wanted]
     for row in rows:
         assert int(row["prediction"]) == (float(row["p1"]) > float(row["p0"]))
@@ -178,19 +183,29 @@ def test_finished_seeds_are_kept_and_dropped_ones_go(dataset, tmp_path):
     args = ("train_classifier.py", "--recipe", "erm", "--data", dataset, *QUICK[:-1])
     run(*args, 0, 1, "--out", tmp_path / "erm")
     assert "seed 1" not in (text := run(*args, 1, 2, "--out", tmp_path / "erm")) and "seed 2" in text
-    assert sorted(path.name for path in (tmp_path / "erm").iterdir()) == ["config.json", "seed1", "seed2"]
+    assert sorted(path.name for path in (tmp_path / "erm").glob("[!.]*")) == ["config.json", "seed1", "seed2"]
 
 
-def test_a_loss_that_is_no_number_stops_each_seed_and_publishes_nothing(dataset, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_classifier.py", "--recipe", "erm", "--data", dataset,
-                           "--seeds", "0", "1", "--learning-rate", "1e30", "--out", tmp_path / "erm"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.glob("erm/*"))
+def test_a_loss_that_is_not_finite_stops_each_seed_and_publishes_nothing(dataset, tmp_path):
+    process = start("train_classifier.py", "--recipe", "erm", "--data", dataset, "--seeds", 0, 1, "--learning-rate",
+                    "1e30", "--out", tmp_path / "erm", stdout=-1, stderr=-1)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors and not list(tmp_path.glob("erm/seed*"))
     for seed in (0, 1):
-        assert f"train_classifier.py: error: seed {seed}: loss is nan in epoch 1 on real images (" in done.stderr
+        assert f"train_classifier.py: error: seed {seed}: loss is nan in epoch 1 on real images (" in errors
 
 
-def test_synthetic_images_are_asked_for_and_refused_where_they_do_not_belong(dataset, vanilla, tmp_path):
+def test_synthetic_images_are_required_or_refused_by_the_recipe(dataset, vanilla, tmp_path):
     args = ("train_classifier.py", "--data", dataset, "--out", tmp_path / "x", "--recipe")
-    run(*args, "two-stage", fails="--synthetic: two-stage needs it")
-    run(*args, "erm", "--synthetic", vanilla, fails="--synthetic: erm takes none")
+    run(*args, "two-stage", fails="--synthetic: two-stage needs synthetic images")
+    run(*args, "erm", "--synthetic", vanilla, fails="--synthetic: erm does not use synthetic images")
+
+
+def test_groups_without_val_images_and_classes_without_training_images_are_reported(tmp_path):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 6, (0, 1): 2, (1, 0): 2, (1, 1): 6})
+    rows = imagefolder.read_metadata(data)
+    files.write_csv(data / "metadata.csv", [dict(row, y=row["y"] + 1) for row in rows
+                                            if (row["split"], row["y"], row["a"]) != ("val", 1, 0)])
+    text = run("train_classifier.py", "--recipe", "erm", "--data", data, *QUICK, "--out", tmp_path / "erm")
+    assert "no training images of class 0" in text
+    assert "no val images of y2-a0; epochs are chosen by the worst of 3 of 4 groups" in text

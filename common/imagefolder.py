@@ -1,0 +1,239 @@
+"""The one format that every stage reads and writes: a Hugging Face `imagefolder`.
+
+Images, and beside them a metadata.csv with the columns
+
+    file_name   path of the image, relative to the csv, inside its folder
+    split       train, val or test (synthetic images: train)
+    y           class, an integer from 0
+    a           attribute that the class is spuriously correlated with, an integer from 0
+    text        caption of the image's group: its prompt
+
+A group is a pair (y, a), written `y0-a1`. Other columns may follow.
+"""
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+from common import files
+from common.files import InputError
+
+REQUIRED = ("file_name", "split", "y", "a", "text")
+SPLITS = ("train", "val", "test")
+LABELS = 10_000  # a column with more classes or attributes than that holds something else
+
+# ------------------------------------------------------------------------------------------------- metadata
+
+
+def read_table(path, required):
+    """The rows, as dicts of str, of a csv that the user hands in. Raises InputError unless it is well-formed and has the
+    required columns."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(path, f"is not a csv in UTF-8: {error}", "save it as UTF-8 csv") from None
+    check_columns(path, columns, required)
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}, row {line}", "has more or fewer fields than the header",
+                             "quote fields that contain commas or line breaks")
+    return rows
+
+
+def check_columns(path, columns, required):
+    """Raises InputError unless each of the required columns is there, and none twice."""
+    for column in columns:
+        if list(columns).count(column) > 1:
+            raise InputError(path, f"has {list(columns).count(column)} columns named {column!r}", "keep one")
+    for column in required:
+        if column not in columns:
+            raise InputError(path, f"has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}"[:500],
+                             f"it needs {', '.join(required)}")
+
+
+def read_metadata(folder, split=None):
+    """Reads and checks folder/metadata.csv.
+
+    Returns a list of dicts, one per image, in the order of the file, with `y` and `a` as int and every other column as
+    str; only the rows of `split` if one is given. Images are only checked for existence. Raises InputError for the
+    first fault.
+    """
+    path = Path(folder) / "metadata.csv"
+    if not path.is_file():
+        raise InputError(path, "not found", "point to a folder made by data/prepare.py or an earlier stage")
+    rows = read_table(path, REQUIRED)
+    check_rows(path, 2, rows)
+    rows = [row for row in rows if split in (None, row["split"])]
+    if not rows:
+        raise InputError(path, f"has no images of split {split}" if split else "has no images", "prepare the data again")
+    for row in rows:
+        if not (Path(folder) / row["file_name"]).is_file():
+            raise InputError(Path(folder) / row["file_name"], "not found, but listed in metadata.csv",
+                             "restore it, or run the stage that made this folder again")
+    return rows
+
+
+def check_rows(path, first, rows):
+    """Raises InputError, naming `path` and the row, unless all rows are valid; turns their labels into int.
+
+    first: the number of the first row.
+    """
+    seen = {}
+    for line, row in enumerate(rows, first):
+        where = f"{path}, row {line}"
+        for label in ("y", "a"):
+            row[label] = as_label(where, label, row[label])
+        if row["split"] not in SPLITS:
+            raise InputError(where, f"split is {row['split']!r}", f"use {', '.join(SPLITS)}")
+        check_name(where, row["file_name"])
+        if (name := Path(row["file_name"])) in seen:
+            raise InputError(where, f"{row['file_name']} is listed already in row {seen[name]}", "keep one row per image")
+        seen[name] = line
+        if not row["text"].strip():
+            raise InputError(where, "text is empty", "it is the prompt of the image's group")
+
+
+def as_label(where, column, text):
+    """A label as int. Raises InputError unless it is an integer from 0."""
+    if not text.isascii() or not text.isdigit():
+        raise InputError(where, f"{column} is {text!r}", "labels are integers from 0")
+    if len(text) > len(str(LABELS)) or int(text) >= LABELS:
+        raise InputError(where, f"{column} is {text[:20]}", f"labels are integers from 0, below {LABELS}")
+    return int(text)
+
+
+def check_name(where, name):
+    """Raises InputError unless a file_name is a relative path that stays inside its folder."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(where, f"file_name {name!r} leaves its folder", "use a path inside it")
+    if "\\" in name:
+        raise InputError(where, f"file_name {name!r} contains a backslash", "separate folders by /")
+
+
+# --------------------------------------------------------------------------------------------------- groups
+
+
+def group_name(y, a):
+    return f"y{y}-a{a}"
+
+
+def group_of(row):
+    """The group of a row of metadata, as `y0-a1`."""
+    return group_name(row["y"], row["a"])
+
+
+def labels_of(group):
+    """`y0-a1` -> (0, 1)."""
+    return tuple(int(part[1:]) for part in group.split("-"))
+
+
+def members_of(group, rows):
+    """The indices of the rows of a group."""
+    return [i for i, row in enumerate(rows) if group_of(row) == group]
+
+
+def group_counts(rows):
+    """{group: number of rows}, sorted by (y, a)."""
+    counts = Counter((row["y"], row["a"]) for row in rows)
+    return {group_name(y, a): counts[y, a] for y, a in sorted(counts)}
+
+
+def group_accuracies(rows, predictions):
+    """{group: share of its rows whose prediction, an int each, is y}, sorted by (y, a)."""
+    hits = group_counts(row for row, prediction in zip(rows, predictions) if prediction == row["y"])
+    return {group: hits.get(group, 0) / size for group, size in group_counts(rows).items()}
+
+
+def group_prompts(rows):
+    """{group: its prompt}, sorted by (y, a). Raises InputError if the captions within a group differ."""
+    prompts = {}
+    for row in sorted(rows, key=lambda row: (row["y"], row["a"])):
+        if prompts.setdefault(group_of(row), row["text"]) != row["text"]:
+            raise InputError("metadata.csv", f"group {group_of(row)} has several texts, {row['text']!r} is one of them",
+                             "use one caption per group")
+    return prompts
+
+
+def group_titles(rows):
+    """{group: its name for people}: the words of its prompt that not all prompts begin with, and its code.
+
+    For example `waterbird on land (y1-a0)` of "a photo of a waterbird on land".
+    """
+    words = {group_of(row): row["text"].split() for row in rows}
+    common = 0
+    while len(words) > 1 and len({text[common] if len(text) > common + 1 else i
+                                  for i, text in enumerate(words.values())}) == 1:
+        common += 1
+    titles = {group: " ".join(text[common:]).removeprefix("a ").removeprefix("an ") for group, text in words.items()}
+    return {group: f"{title[:40]} ({group})" for group, title in sorted(titles.items(), key=lambda x: labels_of(x[0]))}
+
+
+def correlated_attribute(counts, y):
+    """The attribute most over-represented in class y: the largest P(a | y) / P(a); counts: {group: images}."""
+    with_a = Counter()
+    for group, count in counts.items():
+        with_a[labels_of(group)[1]] += count
+    return max(sorted(with_a), key=lambda a: counts.get(group_name(y, a), 0) / with_a[a], default=None)
+
+
+# --------------------------------------------------------------------------------------------------- images
+
+
+def load_image(path, size):
+    """An image as an RGB PIL image of size x size pixels.
+
+    EXIF rotation is undone, transparency becomes white, the shortest side is resized (bicubic, antialiased), and the
+    middle is cropped. Raises InputError if the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
+                image = image.point(lambda value: value / 256).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.BICUBIC)
+    except Exception as error:  # a broken file makes Pillow raise OSError, ValueError, struct.error and many more
+        raise InputError(path, f"cannot be read as an image: {error}", "replace or remove it") from None
+
+
+def check_images(folder, rows):
+    """Decodes the images of some rows. Raises InputError with the number of broken ones and the first one's fault."""
+    broken = []
+    for row in progress(rows, f"check {folder}", "image"):
+        try:
+            load_image(Path(folder) / row["file_name"], 8)
+        except InputError as error:
+            broken.append(str(error))
+    if broken:
+        raise InputError(folder, f"{len(broken)} of {len(rows)} images are broken, the first is {broken[0]}",
+                         "replace or remove them")
+
+
+def digest(folder, rows):
+    """A digest of rows of metadata and of the bytes of their images."""
+    return files.digest(rows, files.file_digests(folder, [row["file_name"] for row in rows]))
+
+
+def progress(items, title, unit, **more):
+    """A progress bar over `items`, or to be updated by hand; shown on a terminal only."""
+    return tqdm(items, title, unit=unit, mininterval=1, disable=None, **more)
+
+
+def contact_sheet(rows, labels, cell=64):
+    """A picture with one row of PIL images per label."""
+    left = 8 + 7 * max(map(len, labels), default=0)
+    sheet = Image.new("RGB", (left + (cell + 2) * max(map(len, rows), default=1), (cell + 2) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (images, label) in enumerate(zip(rows, labels)):
+        draw.text((4, i * (cell + 2) + cell // 2 - 6), label, fill="black")
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((cell, cell), Image.NEAREST), (left + j * (cell + 2), i * (cell + 2)))
+    return sheet

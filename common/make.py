@@ -1,0 +1,220 @@
+"""What the Makefile asks: are the settings valid, are all flags valid, which folders are out of date, what is done.
+
+    python common/make.py settings OVERRIDES NAME=VALUE...    prints `ok` and settings in one form, or what is wrong
+    python common/make.py check FILE COMMANDS                 parses each command with its own script
+    python common/make.py status NAME=VALUE...                what is done, running and to do
+    python common/make.py help NAME=VALUE...                  targets, and settings with their values
+
+The first of these runs at every `make`, also before anything is installed: it needs Python's standard library alone.
+"""
+
+import ast
+import difflib
+import fcntl
+import importlib
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+from common import files
+
+HELP = """\
+make           run the experiment on {DATASET} at bias {BIAS}: a table, figures, a report
+make sweep     the same for several biases: make sweep BIAS="0.9 0.99"
+make ablate    clustered with one setting changed
+make status    what is done, running and to do
+make -n        show what would run
+make test      install and run the tests
+make torture   kills, full disks, bad input, 100,000 images, at length
+make clean     remove runs/{DATASET}-{BIAS}
+
+Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
+(PREPARE PRETRAIN CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER; LAUNCH stands before commands):
+"""
+
+# --------------------------------------------------------------------------------------------- the settings
+
+
+class Wrong(Exception):
+    pass
+
+
+def settings(overrides, *values):
+    """Prints `ok NAME:=VALUE...` with blanks as `|`, for make to evaluate; or one line that says what is wrong."""
+    given = dict(value.split("=", 1) for value in values)
+    try:
+        check_names(overrides)
+        settled = settle({name: value.replace(",", " ") for name, value in given.items()})
+        run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
+                     for seed in settled["MODEL_SEEDS"].split()]
+        settled["STALE"] = " ".join(stale([f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names]))
+        print("ok", *(f"{name}:={value.strip().replace(' ', '|')}" for name, value in settled.items()))
+    except Wrong as error:
+        print(error)
+
+
+def check_names(overrides):
+    """Raises Wrong for a variable on make's command line that no Makefile uses."""
+    text = "\n".join(path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk")))
+    known = set(re.findall(r"^([A-Z_]+) *\?=", text, re.M)) | set(re.findall(r"\$\(([A-Z_]+)\)", text))
+    known -= set(re.findall(r"^([A-Z_]+) *:?=", text, re.M)) | {"MAKE", "MAKEOVERRIDES", "MAKECMDGOALS", "STALE"}
+    for name in re.findall(r"(?:^|(?<!\\) )([A-Za-z_][\w.-]*)[:+?]?=", overrides):
+        if name not in known and not name.startswith("MAKE"):
+            close = difflib.get_close_matches(name, known, 1, 0.5)
+            raise Wrong(f"{name}: no such setting ({f'did you mean {close[0]}? ' if close else ''}see make help)")
+
+
+def settle(values):
+    """The settings in one form; raises Wrong, naming the choices, if one is invalid."""
+    datasets = sorted(path.stem for path in Path("data").glob("*.mk"))
+    if values["DATASET"] not in datasets:
+        raise Wrong(f"DATASET={values['DATASET']}: no such dataset (use one of {', '.join(datasets)}, or copy "
+                    "data/folder.mk to a name of your own)")
+    biases = [one_bias(text) for text in values["BIAS"].split()]
+    if len(biases) > 1 and "sweep" not in values["MAKECMDGOALS"].split():
+        raise Wrong(f"BIAS={values['BIAS']}: give one value (or run: make sweep BIAS=\"{values['BIAS']}\")")
+    several = biases if len(biases) > 1 else [one_bias(text) for text in values["BIASES"].split()]
+    for name in ("SEEDS", "MODEL_SEEDS"):
+        if not values[name].split() or not all(re.fullmatch(r"\d+", seed) for seed in values[name].split()):
+            raise Wrong(f"{name}={values[name]}: give integers, for example {name}=\"0 1 2\"")
+    if not re.fullmatch(r"[1-9]\d*", values["SHARDS"]):
+        raise Wrong(f"SHARDS={values['SHARDS']}: give a positive integer")
+    if values["KEEP_WEIGHTS"] not in ("yes", "no"):
+        raise Wrong(f"KEEP_WEIGHTS={values['KEEP_WEIGHTS']}: use yes or no")
+    recipes, methods, variants = known_recipes()
+    for recipe in values["RECIPES"].split():
+        for word in recipe.split("+"):
+            if word not in recipes + methods + variants:
+                close = difflib.get_close_matches(word, recipes + methods + variants, 1)
+                raise Wrong(f"RECIPES: {word} is no recipe{f', did you mean {close[0]}?' if close else ''} (recipes: "
+                            f"{', '.join(recipes)}; methods: {', '.join(methods)}; or one of each, as filled+lora)")
+    return {"BIAS": biases[0], "BIASES": unique(several), "RECIPES": unique(values["RECIPES"].split()),
+            **{name: unique(str(int(seed)) for seed in values[name].split()) for name in ("SEEDS", "MODEL_SEEDS")},
+            "DATASET": values["DATASET"]}
+
+
+def one_bias(text):
+    """`.950` -> `0.95`."""
+    try:
+        if text == "natural" or 0 <= float(text) <= 1:
+            return text if text == "natural" else f"{float(text):g}"
+    except ValueError:
+        pass
+    raise Wrong(f"BIAS={text}: give a number from 0 to 1, for example 0.95, or natural")
+
+
+def unique(words):
+    return " ".join(dict.fromkeys(words))
+
+
+def known_recipes():
+    """(recipes of train_classifier.py, generative methods, names of ablations), read from where they are defined."""
+    tree = ast.parse(Path("train_classifier.py").read_text(encoding="utf-8"))
+    recipes = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "RECIPES")
+    makefile, ablations = Path("Makefile").read_text(), Path("evaluation/ablations.mk").read_text()
+    methods = re.findall(r"^([\w.-]+)\.finetune *=", makefile, re.M)
+    variants = re.findall(r"^([\w.-]+)\.(?:finetune|generate|recipe) *=", ablations, re.M)
+    return [key.value for key in recipes.keys], ["vanilla", *methods], variants
+
+
+# ------------------------------------------------------------------------------------------- stale folders
+
+
+def stale(tops):
+    """The finished folders below `tops` whose own files or whose inputs are not what they were when they were made."""
+    seen = {}
+
+    def state(path):
+        if path not in seen:
+            seen[path] = files.listing(path)
+        return seen[path]
+
+    found = []
+    for top in tops:
+        for path in sorted({Path(top) / "config.json", *Path(top).glob("*/config.json"), *Path(top).glob("*/*/config.json")}):
+            config = files.read_json(path)
+            if "made_by" in config and (config.get("files") != state(str(path.parent)) or any(
+                    os.path.exists(name) and state(name) != was for name, was in config.get("inputs", {}).items()
+                    if not is_unfinished(name))):
+                found.append(str(path.parent))
+    return found
+
+
+def is_unfinished(path):
+    """Whether a folder is one that a stage makes, and is not finished: make decides about it by itself."""
+    return path.startswith("runs/") and not os.path.isfile(f"{path}/config.json")
+
+
+# ------------------------------------------------------------------------------------- flags, status and help
+
+
+def check(record, commands):
+    """Parses every command (they are separated by @) with its script's own parser, and records them if all are valid.
+
+    The first invalid flag is one line and status 2.
+    """
+    from common import stage  # here, as `settings` must not need it
+
+    for command in commands.split(" @"):
+        script, *flags = shlex.split(command)
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        if stage.call(module.parse, [*flags, "--out", "runs/.check"]) == 2:
+            return 2
+    files.write_text(record, commands)
+
+
+def status(*values):
+    """Prints one line per folder of this run: done, running or to do, and how many of its units, images or seeds."""
+    given = dict(value.split("=", 1) for value in values)
+    _, methods, variants = known_recipes()
+    words = [word for recipe in given["RECIPES"].split() for word in recipe.split("+")]
+    drawn = [word for word in dict.fromkeys(words) if word in methods + variants]
+    for seed in given["MODEL_SEEDS"].split():
+        run = f"runs/{given['DATASET']}-{given['BIAS']}" + f"-seed{seed}" * (seed != "0")
+        folders = [f"data/{given['DATASET']}-{given['BIAS']}", f"{run}/clusters",
+                   *(f"{run}/models/{method}" for method in drawn if method != "vanilla"),
+                   *(f"{run}/synthetic/{method}" for method in drawn),
+                   *(f"{run}/classifiers/{recipe}" for recipe in given["RECIPES"].split()),
+                   *([f"{run}/images"] if drawn else []), f"{run}/results"]
+        for folder in folders:
+            print(f"{folder:45} {progress(Path(folder))}")
+
+
+def progress(folder):
+    """What is done of a folder, from its files alone: it works while other machines are at work on it."""
+    running = is_locked(folder)
+    if (folder / "config.json").is_file() and not running:
+        return "done"
+    wanted = files.read_json(folder / ".stage").get("wanted", {})
+    done = sum(count if (folder / unit / "config.json").is_file() else
+               len(list((folder / f".{unit}.partial").glob("*.png"))) for unit, count in wanted.items())
+    kind = {"models": "units", "synthetic": "images", "classifiers": "seeds"}.get(folder.parent.name)
+    parts = f"{done} of {sum(wanted.values())} {kind} done" if wanted else ""
+    return ", ".join(part for part in (parts, "running" if running else "to do") if part)
+
+
+def is_locked(folder):
+    """Whether a process is writing a folder (see common/stage.py)."""
+    try:
+        with open(folder.with_name(f".{folder.name}.lock")) as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def show_help(*values):
+    given = dict(value.split("=", 1) for value in values)
+    print(HELP.format(**given))
+    for name, value in given.items():
+        print(f"  {name:13} {value}")
+
+
+if __name__ == "__main__":
+    asked = {"settings": settings, "check": check, "status": status, "help": show_help}[sys.argv[1]]
+    sys.exit(asked(*sys.argv[2:]))

@@ -1,0 +1,291 @@
+"""The pretrained models: Stable Diffusion and CLIP, by folder or hub id, and where and how precisely they run."""
+
+import json
+import warnings
+from pathlib import Path
+
+from common import imagefolder, stage
+from common.files import InputError
+
+torch = stage.lazy("torch")
+# diffusers, transformers and peft take seconds to import, so the functions that need them import them
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+# ------------------------------------------------------------------------------------- device and precision
+
+
+def add_device_flags(parser, precision=True):
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto")
+    if precision:
+        parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                            help="auto: bf16 on a GPU that supports it, else fp32")
+
+
+def pick_device(name):
+    """A torch.device: the named one, or with "auto" the best available of cuda, mps, cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("--device", f"{name} is not available: {str(error).splitlines()[0]}", "try cpu") from None
+
+
+def use_bf16(precision, device):
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+
+def load_model(read, name, flag):
+    """read(name), a from_pretrained. Raises InputError if there is no such model or it is incomplete."""
+    silence_libraries()
+    try:
+        model = read(name)
+        for part in getattr(model, "components", {"": model}).values():
+            for weight, values in part.named_parameters() if hasattr(part, "named_parameters") else ():
+                if not values.isfinite().all():
+                    raise ValueError(f"its weight {weight} is not finite")
+        tokenizer = getattr(model, "tokenizer", None)  # without its files it loads with an empty vocabulary
+        if tokenizer is not None and set(tokenizer("a photo").input_ids) <= set(tokenizer.all_special_ids):
+            raise ValueError("its tokenizer has no vocabulary")
+        return model
+    except Exception as error:  # these loaders raise OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{flag} {name}", f"cannot be loaded: {reason}",
+                         "give a folder in diffusers layout or, with a network, a hub id") from None
+
+
+def silence_libraries():
+    """Turns off what diffusers and transformers say that a user can do nothing about: a progress bar for every file, that
+    a LoRA has no weights for the text encoder, deprecations inside diffusers."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
+
+
+def _in_fp32(model_class):
+    """A from_pretrained that reads safetensors only, in fp32."""
+    return lambda name: model_class.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+
+
+def load_pipeline(name, dtype):
+    """Stable Diffusion 1.x or 2.x with its safety checker off (a blackened image is no training image).
+
+    name: a folder in diffusers layout, with fp16 variants or without, a hub id, or a single .safetensors file (with a
+    folder of the same name for its configs if there is no network). Whether the model predicts noise or velocity is
+    read from the scheduler's config. Pickles are never read.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    off = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+
+    def read(name):
+        if name.endswith(".safetensors"):
+            config = Path(name).with_suffix("")
+            options = {"config": str(config)} if config.is_dir() else {}
+            return StableDiffusionPipeline.from_single_file(name, dtype=dtype, **off, **options)
+        try:
+            return StableDiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **off)
+        except OSError:
+            if not (Path(name).is_dir() and any(Path(name).rglob("*.fp16.safetensors"))):
+                raise
+            return StableDiffusionPipeline.from_pretrained(name, variant="fp16", dtype=dtype, use_safetensors=True,
+                                                           **off)
+
+    pipe = load_model(read, str(name), "--base")
+    if pipe.unet.config.addition_embed_type:
+        raise InputError(f"--base {name}", "is a Stable Diffusion XL model", "give a Stable Diffusion 1.x or 2.x")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise InputError(f"--base {name}", "is an inpainting model", "give a text-to-image model")
+    return pipe
+
+
+def token_ids(tokenizer, prompts):
+    """Token ids of prompts, (len(prompts), tokens). Raises InputError for a prompt that would be truncated."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokenizer.model_max_length:
+            raise InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes {tokenizer.model_max_length}",
+                             "shorten it")
+    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids
+
+
+# ------------------------------------------------------------------------------ fine-tuning and sampling
+
+
+class Base:
+    """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule, all in fp32."""
+
+    def __init__(self, name, device, bf16):
+        from diffusers import DDPMScheduler
+
+        pipe = load_pipeline(name, torch.float32)
+        self.device, self.bf16, self.tokenizer = device, bf16, pipe.tokenizer
+        self.text_encoder = pipe.text_encoder.to(device).requires_grad_(False)
+        self.vae = pipe.vae.to(device).requires_grad_(False)
+        self.unet = pipe.unet.to(device)
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._weights = {part: {key: value.cpu().clone() for key, value in part.state_dict().items()}
+                         for part in (self.unet, self.text_encoder)}
+        self._embeds = {}
+
+    def reset(self):
+        """Restores the base's own weights."""
+        if getattr(self.unet, "peft_config", None):
+            self.unet.unload_lora()
+        for part, weights in self._weights.items():
+            part.load_state_dict(weights)
+            part.requires_grad_(False)
+        self._embeds.clear()
+
+    def moments(self, images):
+        """PIL images -> mean and std of their latents, each (B, 4, h, w) on the CPU, scaled for the UNet."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        pixels = torch.stack([pil_to_tensor(image) for image in images]).to(self.device) / 127.5 - 1
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+        scale = self.vae.config.scaling_factor
+        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+
+    def prompt_embeds(self, prompts):
+        """(len(prompts), tokens, D); computed once per prompt unless the text encoder is being trained."""
+        training = any(weight.requires_grad for weight in self.text_encoder.parameters())
+        embeds = {} if training else self._embeds
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in embeds:
+                tokens = token_ids(self.tokenizer, [prompt]).to(self.device)
+                with torch.set_grad_enabled(training):
+                    embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
+        return torch.stack([embeds[prompt] for prompt in prompts])
+
+
+def save_weights(out, base, method, dtype, text_encoder):
+    """Writes fine-tuned weights in the format of diffusers: a LoRA file for `load_lora_weights`, or a folder unet/ for
+    `UNet2DConditionModel.from_pretrained` (and text_encoder/). dtype: fp32, bf16 or fp16."""
+    from diffusers import StableDiffusionPipeline
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    if method == "lora":  # the metadata hold alpha: without it diffusers scales the update by 1
+        config = {f"unet.{name}": sorted(value) if isinstance(value, set) else value
+                  for name, value in base.unet.peft_config["default"].to_dict().items()}
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}  # one key: of several the order varies
+        StableDiffusionPipeline.save_lora_weights(
+            out, {key: value.to(dtype) for key, value in get_peft_model_state_dict(base.unet).items()},
+            weight_name=LORA_FILE, save_function=lambda weights, path: save_file(weights, path, metadata=metadata))
+        return
+    base.unet.to(dtype).save_pretrained(out / "unet")
+    base.unet.float()
+    if text_encoder:
+        base.text_encoder.to(dtype).save_pretrained(out / "text_encoder")
+        base.text_encoder.float()
+
+
+class Sampler:
+    """A base pipeline with DPM-Solver++ (Lu et al. 2022) as its sampler, into which fine-tuned weights are loaded."""
+
+    def __init__(self, name, device, bf16):
+        from diffusers import DPMSolverMultistepScheduler
+
+        self.pipe = load_pipeline(name, torch.bfloat16 if bf16 else torch.float32).to(device)
+        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config,
+                                                                      algorithm_type="dpmsolver++")
+        self.pipe.set_progress_bar_config(disable=True)
+        self._weights = {part: {key: value.clone() for key, value in getattr(self.pipe, part).state_dict().items()}
+                         for part in ("unet", "text_encoder")}
+
+    def load(self, weights):
+        """Loads a unit's weights (a folder written by save_weights), or restores the base's own (None)."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        again = "delete this folder and run finetune.py again"
+        lora = weights and (weights / LORA_FILE).is_file()
+        if weights and not lora and not (weights / "unet").is_dir():
+            raise InputError(weights, "contains neither a LoRA nor a UNet", again)
+        self.pipe.unload_lora_weights()
+        try:
+            for part, base in self._weights.items():
+                found = sorted((weights / part).glob("*.safetensors")) if weights else []
+                getattr(self.pipe, part).load_state_dict(load_file(found[0]) if found else base)
+            if lora:
+                self.pipe.load_lora_weights(weights, weight_name=LORA_FILE)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise InputError(weights, f"cannot be loaded: {str(error).splitlines()[0]}", again) from None
+        if lora and not self.pipe.get_list_adapters():
+            raise InputError(weights, "contains no LoRA weights for the UNet of this base model", again)
+
+
+# ----------------------------------------------------------------------------------------------- embeddings
+
+
+class Clip:
+    """CLIP's two towers: embeddings of unit length."""
+
+    def __init__(self, name, device):
+        from transformers import CLIPModel, CLIPProcessor
+
+        self.device = device
+        self.model = load_model(_in_fp32(CLIPModel), name, "--clip").to(device).eval().requires_grad_(False)
+        self.processor = load_model(CLIPProcessor.from_pretrained, name, "--clip")
+
+    @property
+    def size(self):
+        """Side of the images that the image tower sees, in pixels."""
+        return self.model.config.vision_config.image_size
+
+    def images(self, images):
+        """PIL images -> (N, D) float32 on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        return _unit_length(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
+
+    def texts(self, texts):
+        """Prompts -> (N, D) float32 on the CPU."""
+        tokens = self.processor(text=texts, padding="max_length", return_tensors="pt").to(self.device)
+        if tokens["input_ids"].shape[1] > self.model.config.text_config.max_position_embeddings:
+            raise InputError("metadata.csv", f"a text is too long for CLIP, one of {texts}", "shorten it")
+        return _unit_length(self.model.text_projection(self.model.text_model(**tokens).pooler_output))
+
+    def zero_shot(self, images, prompts):
+        """Probability of each prompt for each PIL image, (N, len(prompts)) float32 (Radford et al. 2021, 3.1)."""
+        scale = self.model.logit_scale.exp().cpu()
+        return (scale * self.images(images) @ self.texts(prompts).T).softmax(1)
+
+
+class Encoder:
+    """Another image encoder, such as DINOv2: its pooled output, of unit length."""
+
+    def __init__(self, name, device):
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.device = device
+        self.model = load_model(_in_fp32(AutoModel), name, "--encoder").to(device).eval().requires_grad_(False)
+        self.processor = load_model(AutoImageProcessor.from_pretrained, name, "--encoder")
+        self.size = self.model.config.image_size
+
+    def images(self, images):
+        """PIL images -> (N, D) float32 on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        return _unit_length(self.model(pixels).pooler_output)
+
+
+def _unit_length(embeddings):
+    return torch.nn.functional.normalize(embeddings.float(), dim=1).cpu()
+
+
+def embed_images(encoder, folder, rows, batch):
+    """Embeddings of the images of some rows of metadata, (N, D) float32 array."""
+    chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    return torch.cat([encoder.images([imagefolder.load_image(folder / row["file_name"], encoder.size) for row in chunk])
+                      for chunk in imagefolder.progress(chunks, "embed", "batch")]).numpy()

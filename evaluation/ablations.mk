@@ -1,0 +1,47 @@
+# `make ablate` compares recipes that differ from clustered in one setting: a table and a figure each.
+ABLATIONS         = clusters clip-threshold lambda images second-stage prior
+clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
+clip-threshold.of = clustered-clip0 clustered clustered-clip0.5 clustered-clip0.9
+lambda.of         = lambda0+clustered lambda0.1+clustered clustered lambda1+clustered
+images.of         = clustered-images50 clustered-images100 clustered clustered-images500
+second-stage.of   = clustered two-stage-whole+clustered
+prior.of          = clustered clustered-no-prior
+
+# Other clusters, and models of them.
+clusters-k1.cluster      = --k 1
+clusters-k2.cluster      = --k 2
+clusters-k5.cluster      = --k 5
+clusters-k10.cluster     = --k 10
+clusters-k5-rare.cluster = --k 5 --min-size 5
+on = $(subst $(RUN)/clusters,$(RUN)/$1,$(clustered.finetune))
+clustered-k1.finetune       = $(call on,clusters-k1)
+clustered-k2.finetune       = $(call on,clusters-k2)
+clustered-k5.finetune       = $(call on,clusters-k5)
+clustered-k10.finetune      = $(call on,clusters-k10)
+clustered-k5-rare.finetune  = $(call on,clusters-k5-rare)
+clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
+
+# Other images of clustered's models.
+clustered-clip0.generate     = --clip-threshold 0 --models $(RUN)/models/clustered
+clustered-clip0.5.generate   = --clip-threshold 0.5 --models $(RUN)/models/clustered
+clustered-clip0.9.generate   = --clip-threshold 0.9 --models $(RUN)/models/clustered
+clustered-images50.generate  = --images 50 --models $(RUN)/models/clustered
+clustered-images100.generate = --images 100 --models $(RUN)/models/clustered
+clustered-images500.generate = --images 500 --models $(RUN)/models/clustered
+
+# Another weight of the contrastive loss.
+lambda0.recipe   = two-stage --contrastive 0
+lambda0.1.recipe = two-stage --contrastive 0.1
+lambda1.recipe   = two-stage --contrastive 1
+
+ablation = evaluate.py --data $(DATA) --keep-order --references clustered --classifiers $(call classifiers,$($1.of))
+$(addprefix $(RUN)/clusters-,$(addsuffix /config.json,k1 k2 k5 k10 k5-rare)): $(RUN)/%/config.json: $$(call needs,$$(call cluster,$$*))
+	$(call run,$(call cluster,$*))
+$(ABLATIONS:%=$(RUN)/ablations/%/config.json): $(RUN)/ablations/%/config.json: $$(call needs,$$(call ablation,$$*))
+	$(call run,$(call ablation,$*))
+$(RUN)/ablations/synthetic/config.json: $$(call needs,$$(measure))
+	$(call run,$(measure))
+ablations: $(ABLATIONS:%=$(RUN)/ablations/%/config.json) $(RUN)/ablations/synthetic/config.json
+ablate:
+	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes RECIPES='$(sort $(foreach a,$(ABLATIONS),$($a.of)))' ablations
+	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"

@@ -1,0 +1,60 @@
+"""The figures of the evaluation."""
+
+from common import imagefolder
+
+
+def new_axes(height):
+    import matplotlib  # takes a second to import
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(7, height), layout="constrained")
+
+
+def worst_group_bars(path, table, found, metrics):
+    """Worst-group accuracy per recipe with its interval, and a dot per group.
+
+    table: {recipe: {column: (mean, std)}}, best first; found: of evaluate.intervals; metrics: columns that are no group.
+    """
+    figure, axes = new_axes(0.45 * len(table) + 1.2)
+    for place, (recipe, row) in enumerate(reversed(table.items())):
+        value, (low, high) = row["worst_group"][0], found[recipe]["worst_group"]
+        axes.barh(place, value, xerr=[[max(0, value - low)], [max(0, high - value)]], color="#4c72b0", ecolor="black",
+                  capsize=3)
+        groups = [value for column, (value, _) in row.items() if column not in metrics]
+        axes.plot(groups, [place] * len(groups), "o", color="#dd8452", markersize=4, zorder=3,
+                  label="each group" if place == 0 else None)
+    axes.set(yticks=range(len(table)), yticklabels=list(reversed(table)), xlim=(0, 1),
+             xlabel="worst-group accuracy (bar: mean over seeds, whisker: 95 % interval)")
+    figure.legend(loc="outside upper right")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def accuracy_against_bias(path, values, biases):
+    """values: {recipe: {bias: (worst-group accuracy, low, high)}}."""
+    figure, axes = new_axes(4.5)
+    for i, (recipe, row) in enumerate(values.items()):
+        known = [bias for bias in biases if bias in row]
+        centre, low, high = zip(*(row[bias] for bias in known))
+        places = [biases.index(bias) + (i - len(values) / 2) * 0.03 for bias in known]
+        axes.errorbar(places, centre, [[max(0, c - x) for c, x in zip(centre, low)],
+                                       [max(0, x - c) for c, x in zip(centre, high)]],
+                      fmt="-o" if i < 10 else "--s", markersize=3, linewidth=1, capsize=2, label=recipe)
+    axes.set(xticks=range(len(biases)), xticklabels=biases, ylim=(0, 1), xlabel="bias of the training set",
+             ylabel="worst-group accuracy (whisker: 95 % interval)")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def images_by_group(path, titles, data, synthetic):
+    """A row of 16 images per group and source: real training images, then each synthetic set. titles: {group: name}."""
+    lines, labels = [], []
+    sources = {"real": data} | {source.name: source for source in synthetic}
+    rows = {name: imagefolder.read_metadata(source, "train") for name, source in sources.items()}
+    for group, title in titles.items():
+        for name, source in sources.items():
+            members = [row for row in rows[name] if imagefolder.group_of(row) == group]
+            chosen = members[::max(1, len(members) // 16)][:16]
+            lines.append([imagefolder.load_image(source / row["file_name"], 64) for row in chosen])
+            labels.append(f"{title}: {name}")
+    imagefolder.contact_sheet(lines, labels).save(path)

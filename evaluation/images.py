@@ -1,0 +1,202 @@
+"""What the synthetic images are worth, measured against real images that no model has seen.
+
+    python evaluation/images.py --data data/digits-0.95 --synthetic runs/digits-0.95/synthetic/{vanilla,lora} \\
+        --clip base/miniature/clip --out runs/digits-0.95/images
+
+In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test),
+precision, recall, density and coverage, and the share that is suspiciously near to a training image. The real training
+images are measured in the same way, as method `real`: what a perfect generator would get. Whether an image shows what it
+claims is asked of CLIP, zero-shot.
+
+Reads DATA and each SYNTHETIC. Writes OUT/groups.csv (a row per method and group), OUT/synthetic.csv (a row per method),
+OUT/cost.csv (seconds and megabytes per method), OUT/<method>.png (the closest pairs, synthetic above real) and
+OUT/config.json.
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+from common import files, imagefolder, models, stage
+from common.files import InputError
+
+np = stage.lazy("numpy")
+
+# --------------------------------------------------------------------- two sets of embeddings, (N, D) and (M, D)
+
+
+def kernel_distance(synthetic, real):
+    """Unbiased estimate of the squared MMD with the kernel (x.y / D + 1)^3: KID (Binkowski et al. 2018, section 4).
+
+    Its mean is 0 for samples of one distribution, so it may be negative. None if a set has fewer than two images.
+    """
+    n, m = len(synthetic), len(real)
+    if min(n, m) < 2:
+        return None
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(synthetic, synthetic),
+                                                                          kernel(real, real)))
+    return within - 2 * kernel(synthetic, real).mean()
+
+
+def precision_recall_density_coverage(synthetic, real, k=5):
+    """{precision, recall, density, coverage} from the balls around each image that hold its k nearest of its own set.
+
+    precision, recall: shares of one set inside balls of the other (Kynkaanniemi et al. 2019); density: how many of the
+    real balls hold a synthetic image, divided by k (may exceed 1); coverage: share of real balls that hold any (Naeem et
+    al. 2020, section 3). {} if a set has no more than k images.
+    """
+    if min(len(synthetic), len(real)) <= k:
+        return {}
+    radius, real_radius = (np.sort(distances(x, x), axis=1)[:, k] for x in (synthetic, real))  # [:, 0] is the image itself
+    between = distances(synthetic, real)
+    in_real = between < real_radius[None]
+    return {"precision": in_real.any(1).mean(), "recall": (between < radius[:, None]).any(0).mean(),
+            "density": in_real.sum(1).mean() / k, "coverage": (between.min(0) < real_radius).mean()}
+
+
+def distances(x, y):
+    """Euclidean distances, (N, M)."""
+    from sklearn.metrics import pairwise_distances  # takes seconds to import
+
+    return pairwise_distances(x, y)
+
+
+def too_near(synthetic, train, held_out):
+    """(share, threshold): how many are as near to a training image as the nearest 1 % of held-out real images.
+
+    0.01 is expected of images that are independent of the training set; 1 is copying.
+    """
+    threshold = np.quantile(distances(held_out, train).min(1), 0.01)
+    return (distances(synthetic, train).min(1) <= threshold).mean(), threshold
+
+
+def claims(rows, embeddings, prompts):
+    """Shares of images whose class, and whose attribute, CLIP recognises as claimed, zero-shot.
+
+    prompts: {group: embedding of its prompt}. CLIP chooses the group whose prompt is nearest to the image; the class is
+    correct if that group's is.
+    """
+    labels = np.array([imagefolder.labels_of(group) for group in prompts])
+    chosen = labels[(embeddings @ np.stack(list(prompts.values())).T).argmax(1)]
+    correct = chosen == [(row["y"], row["a"]) for row in rows]
+    return dict(zip(("clip_class", "clip_attribute"), correct.mean(0).tolist()))
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+def group_rows(method, rows, embeddings, real, counts, titles):
+    """[{method, group, name, clusters, images, rejected, kid, precision, ..., too_near}], empty where unknown.
+
+    clusters: the number of units that drew the group. real: {"train" or "held-out": (rows, embeddings)}; counts: of
+    generate.py, how many candidates were kept or rejected, and why.
+    """
+    table = []
+    for group, size in imagefolder.group_counts(rows).items():
+        points, held_out, train = (part[imagefolder.members_of(group, of)] for of, part in (
+            (rows, embeddings), real["held-out"], real["train"]))
+        tried = [verdicts for unit, verdicts in counts.items() if unit == group or unit.startswith(f"{group}-")]
+        total = sum(sum(verdicts.values()) for verdicts in tried)
+        units = {rows[i].get("unit") for i in imagefolder.members_of(group, rows)}
+        line = {"method": method, "group": group, "name": titles.get(group, group), "clusters": len(units),
+                "images": size, "rejected": 1 - sum(verdicts["kept"] for verdicts in tried) / total if total else None,
+                "kid": kernel_distance(points, held_out),
+                **dict.fromkeys(("precision", "recall", "density", "coverage")),
+                **precision_recall_density_coverage(points, held_out), "too_near": None}
+        if method != "real" and len(train) and len(held_out):
+            line["too_near"] = too_near(points, train, held_out)[0]
+        table.append({key: f"{value:.5f}" if isinstance(value, float) else "" if value is None else value
+                      for key, value in line.items()})
+    return table
+
+
+def save_closest(path, rows, source, embeddings, data, train, train_embeddings, titles):
+    """The 12 closest pairs per group: synthetic images, and below each its nearest training image."""
+    lines, labels = [], []
+    for group in imagefolder.group_counts(rows):
+        mine, theirs = (imagefolder.members_of(group, part) for part in (rows, train))
+        if not theirs:
+            continue
+        between = distances(embeddings[mine], train_embeddings[theirs])
+        chosen = between.min(1).argsort(kind="stable")[:12]
+        lines += [[imagefolder.load_image(source / rows[mine[i]]["file_name"], 64) for i in chosen],
+                  [imagefolder.load_image(data / train[theirs[between[i].argmin()]]["file_name"], 64) for i in chosen]]
+        labels += [f"{titles.get(group, group)}: synthetic", "nearest training image"]
+    imagefolder.contact_sheet(lines, labels).save(path)
+
+
+def cost(source):
+    """What a synthetic set cost: seconds of fine-tuning and of generation, MB of weights on disk."""
+    def seconds(where):
+        return sum(files.read_json(path).get("seconds", 0) for path in Path(where).glob("*/config.json"))
+
+    models_of = files.read_json(source / "config.json").get("arguments", {}).get("models")
+    weights = sum(path.stat().st_size for path in Path(models_of).rglob("*.safetensors")) if models_of else 0
+    return {"method": source.name, "fine-tuning, s": round(seconds(models_of)) if models_of else 0,
+            "generation, s": round(seconds(source)), "weights, MB": f"{weights / 1e6:.1f}"}
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def main(argv=None):
+    args = parse(argv)
+    everything = imagefolder.read_metadata(args.data)
+    prompts = imagefolder.group_prompts(everything)
+    titles = imagefolder.group_titles(everything)
+    sets = {source: imagefolder.read_metadata(source, "train") for source in args.synthetic}
+    if all(row["split"] == "train" for row in everything):
+        raise InputError(args.data, "has no images of split val or test", "prepare the data again")
+    inputs = stage.begin(args)
+    key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
+                       [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
+                        for source, rows in sets.items()],
+                       stage.code_digest(__file__, models.__file__, imagefolder.load_image))
+    if stage.is_made(args, key, inputs):
+        return print(f"{args.out}: up to date")
+    clip = models.Clip(args.clip, models.pick_device(args.device))
+    prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
+    real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
+            for name in ("train", "held-out")}
+    real = {name: (rows, models.embed_images(clip, args.data, rows, args.batch).astype(float))
+            for name, rows in real.items()}
+    groups, table = group_rows("real", *real["train"], real, {}, titles), []
+    with files.replacing(args.out) as out:
+        out.mkdir()
+        for source, rows in sets.items():
+            embeddings = models.embed_images(clip, source, rows, args.batch).astype(float)
+            counts = files.read_json(source / "config.json").get("counts", {})
+            mine = group_rows(source.name, rows, embeddings, real, counts, titles)
+            groups += mine
+            line = {"method": source.name, "images": len(rows)}
+            line |= {name: mean(float(row[name]) for row in mine if row[name] != "")
+                     for name in ("rejected", "kid", "coverage", "too_near") if any(row[name] != "" for row in mine)}
+            line |= claims(rows, embeddings, prompts)
+            table.append({key: f"{value:.{4 if key == 'kid' else 3}f}" if isinstance(value, float) else value
+                          for key, value in line.items()})
+            save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data, *real["train"], titles)
+        files.write_csv(out / "groups.csv", groups)
+        files.write_csv(out / "synthetic.csv", table, list(dict.fromkeys(key for line in table for key in line)))
+        files.write_csv(out / "cost.csv", [cost(source) for source in sets])
+        stage.finish(out, args, key, inputs)
+    print((args.out / "synthetic.csv").read_text(encoding="utf-8"))
+
+
+def parse(argv=None):
+    parser = stage.Parser(__file__, __doc__)
+    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
+    parser.add_argument("--synthetic", type=Path, nargs="+", required=True, help="OUTs of generate.py")
+    parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
+    parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
+    models.add_device_flags(parser, precision=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    stage.run(main)

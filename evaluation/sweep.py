@@ -1,0 +1,51 @@
+"""Worst-group accuracy against bias: the results of evaluate.py for several biases, side by side.
+
+    python evaluation/sweep.py --results runs/digits-{0.9,0.95,0.99}/results --out runs/digits-sweep
+
+Reads intervals.csv of each results folder. Writes OUT/sweep.csv, OUT/sweep.md, OUT/sweep.png and OUT/config.json.
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+from common import files, stage
+from evaluate import markdown_table
+from evaluation import figures
+
+
+def main(argv=None):
+    args = parse(argv)
+    values = {}
+    for results in args.results:
+        bias = results.parent.name.rsplit("-", 1)[-1]
+        for row in files.read_csv(results / "intervals.csv", "run evaluate.py for this bias first"):
+            values.setdefault(row["recipe"], {})[bias] = [float(row[name]) for name in ("worst_group", "low", "high")]
+    inputs = stage.begin(args)
+    biases = sorted({bias for row in values.values() for bias in row}, key=lambda text: (text == "natural", text))
+    values = dict(sorted(values.items(), key=lambda item: -mean(value[0] for value in item[1].values())))
+    with files.replacing(args.out) as out:
+        out.mkdir()
+        figures.accuracy_against_bias(out / "sweep.png", values, biases)
+        files.write_csv(out / "sweep.csv", [
+            {"recipe": recipe, "bias": bias, "worst_group": value[0], "low": value[1], "high": value[2]}
+            for recipe, row in values.items() for bias, value in row.items()])
+        text = "Worst-group accuracy and its 95 % interval, for each bias\n\n" + markdown_table(
+            ["recipe", *biases], [[recipe, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[bias]) if bias in row else ""
+                                             for bias in biases)] for recipe, row in values.items()])
+        (out / "sweep.md").write_text(text, encoding="utf-8")
+        stage.finish(out, args, files.digest(values), inputs)
+    print(text)
+    print(f"Figure: {args.out}/sweep.png")
+
+
+def parse(argv=None):
+    parser = stage.Parser(__file__, __doc__)
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="OUTs of evaluate.py, one per bias")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    stage.run(main)
