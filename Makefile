@@ -1,6 +1,5 @@
 # Clustered DreamBooth: from biased images to a fair classifier.
 # `make` runs the experiment, `make help` lists targets and settings, `make -n` shows what would run.
-
 # ---- settings: the command line wins over data/<dataset>.mk, which wins over these -----------------------------
 DATASET      ?= digits
 -include data/$(DATASET).mk
@@ -21,12 +20,11 @@ KEEP_WEIGHTS ?= yes
 PYTHON       ?= python3
 # Further flags of a stage, as its --help lists them: PREPARE PRETRAIN CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL
 # GENERATE CLASSIFIER. LAUNCH stands before every command, for example LAUNCH="srun --gpus=1".
-
-# Checked and in one form (BIAS=.950 becomes 0.95) before anything runs; STALE: folders whose files or inputs changed.
+# Validated and normalised (BIAS=.950 becomes 0.95) before anything runs. STALE: folders whose files or inputs changed.
 quoted   = '$(subst ','\'',$1)'
 SETTLED := $(shell $(PYTHON) common/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s,DATASET BIAS BIASES \
   RECIPES SEEDS MODEL_SEEDS SHARDS KEEP_WEIGHTS MAKECMDGOALS,$(call quoted,$s=$($s))))
-$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),$(PYTHON) does not run)))
+$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),$(PYTHON) common/make.py failed)))
 $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
 
 # ---- generative methods: what is fine-tuned on which images; a new method is one line ---------------------------
@@ -46,7 +44,8 @@ DATA     = data/$(DATASET)-$(BIAS)
 RUN      = $(call run_of,$(firstword $(MODEL_SEEDS)))
 run_of   = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$1))
 SEED     = --seed $(firstword $(MODEL_SEEDS))
-prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(PREPARE)
+prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
+pretrain = base/pretrain.py $(PRETRAIN)
 cluster  = cluster.py --data $(DATA) --clip $(CLIP) $(SEED) $(CLUSTER) $($1.cluster)
 finetune = finetune.py --base $(BASE) $(SEED) $($1.finetune)
 generate = generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) $($1.generate) \
@@ -63,11 +62,10 @@ METHODS = vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES)
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
 
 # ---- the stages: a folder is made by its command, and made again when what it needs has changed -----------------
-# That is its script, shared code, the folders among its flags, and FORCE if another command made it. ($$ is expanded
-# when make looks at a folder and knows its name, $*.)
-needs = $(firstword $1) $(addprefix common/,imagefolder.py models.py classifiers.py) \
-  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1) $(if $(findstring base/miniature,$1),base/miniature)) \
-  $(if $(subst |$(strip $1)|,,|$(file <$(@D)/command)|),FORCE)
+# (its script, shared code, the folders among its flags, or the command). $$ delays expansion until $*, its name, is known.
+needs = $(firstword $1) $(filter-out common/make.py,$(wildcard common/*.py)) $(call other,$1) \
+  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1) $(if $(findstring base/miniature,$1),base/miniature))
+other = $(if $(subst |$(strip $1)|,,|$(file <$(@D)/command)|),FORCE)
 define run
 $(if $(filter-out 1,$(SHARDS)),$(if $(filter finetune.py generate.py train_classifier.py,$1),seq 0 $$(($(SHARDS) - 1)) | \
   xargs -P $(SHARDS) -I {} $(LAUNCH) $(PY) $(strip $1) --out $(@D) --shard {}/$(SHARDS)))
@@ -77,8 +75,8 @@ endef
 dry  := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 .SECONDEXPANSION:
 include evaluation/ablations.mk
-base/miniature/config.json: base/pretrain.py | $(RUN)/.checked
-	$(LAUNCH) $(PY) base/pretrain.py $(PRETRAIN) --out $(@D)
+base/miniature/config.json: base/pretrain.py $$(call other,$$(pretrain)) | $(RUN)/.checked
+	$(call run,$(pretrain))
 $(DATA)/config.json: $$(call needs,$$(prepare)) | $(RUN)/.checked
 	$(call run,$(prepare))
 $(RUN)/clusters/config.json $(RUN)/modes/config.json: $$(call needs,$$(call cluster,$$(notdir $$(@D))))
@@ -91,20 +89,20 @@ $(RECIPES:%=$(RUN)/classifiers/%/config.json): $(RUN)/classifiers/%/config.json:
 	$(call run,$(call classify,$*))
 $(RUN)/images/config.json: $$(call needs,$$(measure))
 	$(call run,$(measure))
-$(RUN)/results/config.json: $$(call needs,$$(evaluate))
+$(RUN)/results/config.json: evaluation/figures.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
 $(RUN)/results/report.html: $(wildcard evaluation/report.* $(RUN)/ablations/*/config.json) $(RUN)/results/config.json
 	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
 $(STALE:%=%/config.json): FORCE
 .SECONDARY: $(METHODS:%=$(RUN)/models/%/config.json) # dropped weights are trained again only when they are needed
-# Other model seeds are runs of their own; only recipes with synthetic images depend on them.
+# MODEL_SEEDS="0 1": seed 1 has a run of its own, runs/<run>-seed1, made by a make of its own, as far as recipes depend on it.
 OTHERS      = $(wordlist 2,99,$(MODEL_SEEDS))
 theirs      = $(foreach r,$(RECIPES),$(if $(call method,$r),$(call run_of,$1)/classifiers/$r))
 classifiers = $(1:%=$(RUN)/classifiers/%) $(foreach s,$(OTHERS),$(foreach r,$1,$(filter %/classifiers/$r,$(call theirs,$s))))
 $(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: $(RUN)/images/config.json FORCE; \
   +@$$(MAKE) --no-print-directory MODEL_SEEDS=$s $$(addsuffix /config.json,$$(call theirs,$s))))
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours of fine-tuning.
-COMMANDS = $(prepare) @$(call cluster,clusters) $(foreach m,$(DRAWN),@$(call generate,$m) $(if $($m.finetune),@$(call \
+COMMANDS = $(prepare) @$(pretrain) @$(call cluster,clusters) $(foreach m,$(DRAWN),@$(call generate,$m) $(if $($m.finetune),@$(call \
   finetune,$m))) $(foreach r,$(RECIPES),@$(call classify,$r)) @$(evaluate) $(if $(DRAWN),@$(measure))
 $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(file <$(RUN)/.checked)|),FORCE) | .venv/installed
 	$(if $(dry),,@$(PY) common/make.py check $@ $(call quoted,$(strip $(COMMANDS))))
@@ -114,14 +112,16 @@ $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(file <$(RUN)/.checked)|
 all: $(RUN)/results/report.html
 	@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/results/cost.md) && echo "Report: $<"
 sweep:
-	+@$(foreach b,$(BIASES),$(MAKE) --no-print-directory BIAS=$b runs/$(DATASET)-$b/results/config.json &&) true
-	$(PY) evaluation/sweep.py --results $(BIASES:%=runs/$(DATASET)-%/results) --out runs/$(DATASET)-sweep
+	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
+	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
 torture: .venv/installed
 	TORTURE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
-status help:
-	@$(PYTHON) common/make.py $@ $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
+status:
+	@$(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
+help:
+	@$(PYTHON) common/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
 clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -68,10 +68,10 @@ def without_group_means(embeddings, groups):
 
 def main(argv=None):
     args = parse(argv)
-    rows = imagefolder.read_metadata(args.data, "train")
     inputs = stage.begin(args)
+    rows = imagefolder.read_metadata(args.data, "train")
     key = files.digest(stage.settings_of(args, "clip", "encoder", "batch"), imagefolder.digest(args.data, rows),
-                       files.model_digest(args.encoder or args.clip),
+                       link_between(args.out, args.data), files.model_digest(args.encoder or args.clip),
                        stage.code_digest(__file__, models.__file__, imagefolder.load_image))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
@@ -102,7 +102,7 @@ def main(argv=None):
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count = stage.number(int, 1)
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
     parser.add_argument("--encoder", help="folder or hub id of another image encoder to cluster with, such as "
                         "facebook/dinov2-base; default: CLIP")
@@ -110,7 +110,7 @@ def parse(argv=None):
     parser.add_argument("--within", choices=("group", "class"), default="group", help="what is clustered")
     parser.add_argument("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
     parser.add_argument("--min-size", type=count, default=10,
-                        help="smallest number of images in a cluster; a model memorises fewer (ours)")
+                        help="smallest number of images in a cluster: models memorise smaller ones (not from the paper)")
     parser.add_argument("--batch", type=count, default=64, help="images embedded at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means")
     models.add_device_flags(parser, precision=False)
@@ -132,7 +132,12 @@ def save_sheet(path, data, rows):
 def link_images(out, data, rows):
     """Links in `out` through which its file_names lead to the images of `data`: nothing is copied."""
     for top in sorted({Path(row["file_name"]).parts[0] for row in rows}):
-        (out / top).symlink_to(os.path.relpath(data / top, out))
+        (out / top).symlink_to(f"{link_between(out, data)}/{top}")
+
+
+def link_between(out, data):
+    """The relative path from `out` to `data`, whatever links lead to them."""
+    return os.path.relpath(os.path.realpath(data), os.path.realpath(out))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ def read_recipes(args):
     names, predictions, tested, trained = [path.name for path in args.classifiers], {}, None, {}
     for recipe in args.classifiers:
         run = f"{recipe.resolve().parent.parent.name}/" if names.count(recipe.name) > 1 else ""
-        seeds = sorted(recipe.glob("seed*"), key=lambda path: int(path.name[4:]))
+        seeds = sorted((path for path in recipe.glob("seed*") if path.name[4:].isdigit()),
+                       key=lambda path: int(path.name[4:]))
         if not seeds:
             raise InputError(recipe, "contains no seed", "point --classifiers to the OUTs of train_classifier.py")
         trained[recipe] = files.read_json(recipe / "config.json").get("digests", {}).get("data")
@@ -289,10 +290,10 @@ def difference(values):
 
 def main(argv=None):
     args = parse(argv)
+    inputs = stage.begin(args)
     predictions = read_recipes(args)
     rows = imagefolder.read_metadata(args.data)
     titles = imagefolder.group_titles(rows)
-    inputs = stage.begin(args)
     results = tidy_results(predictions, imagefolder.group_counts(row for row in rows if row["split"] == "train"))
     table = summary(results, args.keep_order)
     found = intervals(predictions, table, args.references)
@@ -322,10 +323,10 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
-    parser.add_argument("--classifiers", type=Path, nargs="+", required=True, help="OUTs of train_classifier.py")
-    parser.add_argument("--synthetic", type=Path, nargs="*", default=[], help="OUTs of generate.py to show")
-    parser.add_argument("--images", type=Path, help="OUT of evaluation/images.py for them")
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
+    parser.add_argument("--classifiers", type=Path, nargs="+", required=True, help="output folders of train_classifier.py")
+    parser.add_argument("--synthetic", type=Path, nargs="*", default=[], help="output folders of generate.py to show")
+    parser.add_argument("--images", type=Path, help="output folder of evaluation/images.py for them")
     parser.add_argument("--references", nargs="+", default=["erm", "groupdro"], metavar="RECIPE",
                         help="recipes that the others are compared with")
     parser.add_argument("--keep-order", action=stage.Flag, default=False,

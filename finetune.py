@@ -51,7 +51,7 @@ def denoising_losses(unet, scheduler, latents, noise, timesteps, prompt_embeds, 
 
 
 def dreambooth_loss(base, unit, step, args):
-    """The loss of one step on one unit; every random draw is determined by (seed, unit, step).
+    """The loss of one step on one unit, of LoRA too; every random draw is determined by (seed, unit, step).
 
     With prior preservation, as many of the base model's own images, with the plain prompt, are added to the batch, so
     that the model keeps what it knows about the group (Ruiz et al. 2023, equation 2).
@@ -200,8 +200,9 @@ def prompt_template(row, args):
 
 def main(argv=None):
     args = parse(argv)
+    inputs = stage.begin(args)
     rows = imagefolder.read_metadata(args.data, "train")
-    imagefolder.group_prompts(imagefolder.read_metadata(args.data))
+    imagefolder.group_prompts(imagefolder.read_metadata(args.data))  # raises if a group has several captions
     if args.per == "cluster" and "cluster" not in rows[0]:
         raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the OUT of cluster.py")
     for row in rows:  # the cluster becomes a part of a folder's name
@@ -211,7 +212,6 @@ def main(argv=None):
     for unit in units:
         if args.prior and not unit.prior_rows:
             raise InputError(args.prior, f"has no class images for {unit.name}", "generate them for this --data")
-    inputs = stage.begin(args)
     base = files.model_digest(args.base)
     code = stage.code_digest(__file__, models.__file__, imagefolder.load_image, stage.seed_of)
     for unit in units:
@@ -232,16 +232,16 @@ def main(argv=None):
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count, positive = stage.number(int, 1), stage.number(float, 0)
-    what = parser.add_argument_group("what is trained, on what")
+    what = parser.add_argument_group("method and data")
     what.add_argument("--method", choices=("lora", "dreambooth"), required=True, help="low-rank updates or the UNet")
     what.add_argument("--per", choices=("group", "cluster", "dataset"), default="group",
                       help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
     what.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    what.add_argument("--data", type=Path, required=True, help="images in the one format; split train is used")
+    what.add_argument("--data", type=Path, required=True, help="prepared dataset folder, or output of cluster.py; split train is used")
     what.add_argument("--prior", type=Path, help="class images (the vanilla synthetic images) for prior preservation; "
                       "default: no prior preservation")
     what.add_argument("--out", type=Path, required=True, help="folder to write the units to")
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("training")
     how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
     how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
     how.add_argument("--balance", type=stage.number(float, 0, 1), default=0.0, help="--per dataset: from 0 (images are "
@@ -288,7 +288,7 @@ def train_units(todo, units, base_digest, args):
     if args.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
-    print_memory(base, trainable_weights(base, args), args)
+    print_memory(base, trainable_weights(base, args), args)  # what it attaches, reset() takes away again
     failures = []
     stage.start(args, {unit.name: 1 for unit in units})
     for unit in todo:

@@ -57,7 +57,7 @@ def draw_images(pipe, draw, indices, args):
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
 
 
-def fill(pipe, clip, draw, prompts, out, args):
+def fill(pipe, clip, draw, texts, out, args):
     """Draws candidates of one unit, batch by batch, until `draw["share"]` of them are kept.
 
     `out` holds the images and candidates.csv. An interrupted unit resumes from what is there; batches begin at
@@ -74,18 +74,21 @@ def fill(pipe, clip, draw, prompts, out, args):
                 raise InputError(draw["name"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
                                  "lower --clip-threshold, raise --max-tries or fine-tune longer")
             indices = range(len(candidates), len(candidates) + args.batch)
-            candidates += draw_batch(pipe, clip, draw, prompts, indices, out, args)
+            candidates += draw_batch(pipe, clip, draw, texts, indices, out, args)
             files.write_csv(out / "candidates.csv", candidates)
             kept = count_kept(candidates)
             bar.update(min(kept, draw["share"]) - bar.n)
     print(f"{draw['name']}: {len(candidates)} images drawn, {kept} kept, {draw['share']} wanted", flush=True)
 
 
-def draw_batch(pipe, clip, draw, prompts, indices, out, args):
-    """Draws the candidates `indices`, saves those that are kept, and returns a row of candidates.csv for each."""
+def draw_batch(pipe, clip, draw, texts, indices, out, args):
+    """Draws the candidates `indices`, saves those that are kept, and returns a row of candidates.csv for each.
+
+    texts: {group: CLIP embedding of its prompt}.
+    """
     arrays = draw_images(pipe, draw, indices, args)
     images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
-    scores = clip.zero_shot(images, list(prompts.values()))[:, list(prompts).index(draw["group"])].tolist()
+    scores = clip.zero_shot(images, torch.stack(list(texts.values())))[:, list(texts).index(draw["group"])].tolist()
     rows = [{"index": index, "clip_score": f"{score:.4f}", "verdict": verdict(array, score, args.clip_threshold)}
             for index, array, score in zip(indices, arrays, scores)]
     for row, image in zip(rows, images):
@@ -110,7 +113,7 @@ def draws_of(prompts, args):
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
         draws += [{"name": group + draw["suffix"], "group": group, "prompt": draw["prompt"].replace("{text}", text),
                    "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
-                  for draw, share in zip(mine, shares)]
+                  for draw, share in zip(mine, shares) if share]
     return draws
 
 
@@ -161,8 +164,8 @@ def count_kept(candidates):
 
 def main(argv=None):
     args = parse(argv)
-    prompts = imagefolder.group_prompts(imagefolder.read_metadata(args.data))
     inputs = stage.begin(args)
+    prompts = imagefolder.group_prompts(imagefolder.read_metadata(args.data))
     draws = draws_of(prompts, args)
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights"),
                            prompts, files.model_digest(args.base), files.model_digest(args.clip),
@@ -177,13 +180,14 @@ def main(argv=None):
         device = models.pick_device(args.device)
         sampler = models.Sampler(args.base, device, models.use_bf16(args.precision, device))
         clip = models.Clip(args.clip, device)
+        texts = dict(zip(prompts, clip.texts(list(prompts.values()))))
         models.token_ids(sampler.pipe.tokenizer, [draw["prompt"] for draw in todo])  # raises if one is too long
         stage.start(args, {draw["name"]: draw["share"] for draw in draws})
         (args.out / "metadata.csv").unlink(missing_ok=True)
     for draw in todo:
         begin, work = time.monotonic(), unfinished_unit(draw, args)
         sampler.load(draw["folder"])
-        fill(sampler.pipe, clip, draw, prompts, work, args)
+        fill(sampler.pipe, clip, draw, texts, work, args)
         stage.finish_unit(work, args, draw["key"], **stage.spent(begin))
         files.remove(args.out / draw["name"])
         work.rename(args.out / draw["name"])
@@ -195,8 +199,8 @@ def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count = stage.number(int, 1)
     parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    parser.add_argument("--models", type=Path, help="OUT of finetune.py; default: vanilla, the base model itself")
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format: their groups, prompts")
+    parser.add_argument("--models", type=Path, help="output folder of finetune.py; default: vanilla, the base model itself")
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups and prompts")
     parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that filters")
     parser.add_argument("--images", type=count, default=250, help="images per group")
     parser.add_argument("--share", choices=("size", "even"), default="size",
@@ -254,9 +258,10 @@ def publish(draws, prompts, made_by, args, inputs):
         save_sheet(args.out / f"{group}.png", args.out, [row for row in rows if imagefolder.group_of(row) == group])
     files.write_csv(args.out / "metadata.csv", rows)
     if args.drop_weights:
-        drop_weights(args.models)
         inputs.pop(str(args.models), None)
     stage.finish(args.out, args, files.digest(made_by, rows), inputs, counts=counts)
+    if args.drop_weights:
+        drop_weights(args.models)
 
 
 def drop_weights(folder):

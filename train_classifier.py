@@ -197,6 +197,8 @@ def fit_last_layer(model, val, args, seed):
 
     order = rng.permutation(len(y))
     half, other = order[:len(order) // 2], order[len(order) // 2:]
+    if not set(y[half]) == set(y[other]) == set(y):
+        raise InputError(args.data, "has too few val images: one half of them lacks a class", "add some")
 
     def worst_group(layer):
         correct = (features[other] @ layer[0].T + layer[1]).argmax(1) == y[other]
@@ -216,7 +218,7 @@ def train(phases, images, val, groups, classes, device, args, seed, log):
     """Goes through a recipe's phases; images: {name: Images}. Returns (classifier, worst-group accuracy on val)."""
     real = images["real"]
     for phase in phases:
-        if phase is phases[0] or phase.drawn == "errors upsampled":
+        if phase is phases[0] or phase.drawn == "errors upsampled":  # JTT's second model is a new one
             torch.manual_seed(stage.seed_of(seed))  # a seed's initial weights are the same for every recipe
             model = classifiers.new_classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
         if phase.loss == "logistic_regression":
@@ -235,6 +237,7 @@ def train(phases, images, val, groups, classes, device, args, seed, log):
 
 def main(argv=None):
     args = parse(argv)
+    inputs = stage.begin(args)
     phases = RECIPES[args.recipe]
     rows = {split: imagefolder.read_metadata(args.data, split) for split in imagefolder.SPLITS}
     synthetic = imagefolder.read_metadata(args.synthetic, "train") if args.synthetic else []
@@ -242,11 +245,13 @@ def main(argv=None):
     groups = list(imagefolder.group_counts(everything))
     classes = 1 + max(row["y"] for row in everything)
     report_absent(rows, synthetic, classes)
-    inputs = stage.begin(args)
+    for y in range(classes) if phases[-1].images == "val" else ():
+        if sum(row["y"] == y for row in rows["val"]) < 2:
+            raise InputError(args.data, f"has too few val images of class {y} for {args.recipe}", "add some")
     digests = {"data": files.digest(*(imagefolder.digest(args.data, part) for part in rows.values()))}
     if args.synthetic:
         digests["synthetic"] = imagefolder.digest(args.synthetic, synthetic)
-    key = files.digest(stage.settings_of(args, "seeds"), digests,
+    key = files.digest(stage.settings_of(args, "seeds"), digests, files.model_digest(args.weights),
                        stage.code_digest(__file__, classifiers.__file__, imagefolder.load_image, stage.seed_of))
     shard, shards = args.shard
     todo = [seed for seed in args.seeds[shard::shards] if not stage.is_published(args.out / f"seed{seed}", key)]
@@ -255,8 +260,8 @@ def main(argv=None):
         images = {"real": (real := Images(args.data, rows["train"], args.load_size, groups))}
         if synthetic:
             images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups)
-        if phases[0].images in ("mixed", "filled"):
-            images[phases[0].images] = real.joined(drawn, phases[0].images == "filled")
+        images |= {name: real.joined(drawn, name == "filled") for name in {phase.images for phase in phases}
+                   & {"mixed", "filled"}}
         val, test = (Images(args.data, rows[split], args.load_size, groups) for split in ("val", "test"))
         classifiers.new_classifier(args.arch, args.weights, classes)  # raises if --weights cannot be loaded
         stage.start(args, {f"seed{seed}": 1 for seed in args.seeds})
@@ -282,8 +287,8 @@ def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count, positive = stage.number(int, 1), stage.number(float, 0)
     parser.add_argument("--recipe", choices=tuple(RECIPES), required=True, help="how to train, see above")
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
-    parser.add_argument("--synthetic", type=Path, help="synthetic images: OUT of generate.py")
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
+    parser.add_argument("--synthetic", type=Path, help="synthetic images: output folder of generate.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the seeds to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one classifier each")
     parser.add_argument("--arch", choices=("cnn", "resnet18", "resnet50"), default="cnn", help="cnn: for 32 pixels")

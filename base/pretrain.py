@@ -276,7 +276,8 @@ def main(argv=None):
         CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
         clip.save_pretrained(out / "clip")
         save_sheets(out, pipe, images, labels, args.samples)
-        stage.finish(out, args, key, inputs)
+        stage.finish(out, args, key, inputs, names=[str(path.relative_to(out)) for path in sorted(out.rglob("*.*"))
+                                                    if path.is_file() and path.name != ".stage"])
 
 
 def parse(argv=None):

@@ -4,7 +4,6 @@ import warnings
 
 from common import files, stage
 
-safetensors = stage.lazy("safetensors")
 torch = stage.lazy("torch")
 
 
@@ -26,19 +25,23 @@ class Checkpoint:
         return parts | {f"ema.{i}": value for i, value in enumerate(self.ema.shadow_params if self.ema else [])}
 
     def save(self, curve):
+        from safetensors.torch import save_file  # imports torch
+
         with files.replacing(self.path) as out:
             out.mkdir(parents=True)
-            safetensors.torch.save_file({name: value.contiguous().cpu() for name, value in self.tensors().items()},
+            save_file({name: value.contiguous().cpu() for name, value in self.tensors().items()},
                       out / "state.safetensors")
             files.write_csv(out / "loss.csv", curve)
             files.write_json(out / "config.json", {"key": self.key})
 
     def load(self):
         """Restores everything; returns the loss curve so far, empty if there is no checkpoint."""
+        from safetensors.torch import load_file  # imports torch
+
         if files.read_json(self.path / "config.json").get("key") != self.key:
             files.remove(self.path)
             return []
-        saved = safetensors.torch.load_file(self.path / "state.safetensors")
+        saved = load_file(self.path / "state.safetensors")
         for i, weight in enumerate(self.weights):
             self.optimizer.state[weight] = {name: torch.zeros_like(saved[f"{name}.{i}"], device=weight.device)
                                             for name in ("step", "exp_avg", "exp_avg_sq")}

@@ -2,7 +2,7 @@
 
     python common/make.py settings OVERRIDES NAME=VALUE...    prints `ok` and settings in one form, or what is wrong
     python common/make.py check FILE COMMANDS                 parses each command with its own script
-    python common/make.py status NAME=VALUE...                what is done, running and to do
+    python common/make.py status FOLDER...                    what is done, running and to do
     python common/make.py help NAME=VALUE...                  targets, and settings with their values
 
 The first of these runs at every `make`, also before anything is installed: it needs Python's standard library alone.
@@ -28,7 +28,7 @@ make ablate    clustered with one setting changed
 make status    what is done, running and to do
 make -n        show what would run
 make test      install and run the tests
-make torture   kills, full disks, bad input, 100,000 images, at length
+make torture   long robustness tests: kills, full disks, bad input, 100,000 images
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
@@ -46,11 +46,18 @@ def settings(overrides, *values):
     """Prints `ok NAME:=VALUE...` with blanks as `|`, for make to evaluate; or one line that says what is wrong."""
     given = dict(value.split("=", 1) for value in values)
     try:
+        if sys.version_info < (3, 11):
+            raise Wrong(f"PYTHON is Python {sys.version.split()[0]}; 3.11 or later is needed")
         check_names(overrides)
         settled = settle({name: value.replace(",", " ") for name, value in given.items()})
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
-        settled["STALE"] = " ".join(stale([f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names]))
+        goals = set(given["MAKECMDGOALS"].split())
+        checked = [] if goals and goals <= {"help", "clean", "test", "torture"} else stale(
+            ["base/miniature", f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
+        for folder in checked:
+            print(f"note: {folder}: its files or inputs were changed, it is made again", file=sys.stderr)
+        settled["STALE"] = " ".join(checked)
         print("ok", *(f"{name}:={value.strip().replace(' ', '|')}" for name, value in settled.items()))
     except Wrong as error:
         print(error)
@@ -113,10 +120,11 @@ def unique(words):
 def known_recipes():
     """(recipes of train_classifier.py, generative methods, names of ablations), read from where they are defined."""
     tree = ast.parse(Path("train_classifier.py").read_text(encoding="utf-8"))
-    recipes = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "RECIPES")
-    makefile, ablations = Path("Makefile").read_text(), Path("evaluation/ablations.mk").read_text()
-    methods = re.findall(r"^([\w.-]+)\.finetune *=", makefile, re.M)
-    variants = re.findall(r"^([\w.-]+)\.(?:finetune|generate|recipe) *=", ablations, re.M)
+    recipes = next(node.value for node in tree.body if isinstance(node, ast.Assign)
+                   and getattr(node.targets[0], "id", None) == "RECIPES")
+    methods, variants = (re.findall(r"^([\w.-]+)\.(?:finetune|generate|recipe) *=", "\n".join(texts), re.M) for texts in (
+        [path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"))],
+        [Path("evaluation/ablations.mk").read_text()]))
     return [key.value for key in recipes.keys], ["vanilla", *methods], variants
 
 
@@ -136,7 +144,10 @@ def stale(tops):
     for top in tops:
         for path in sorted({Path(top) / "config.json", *Path(top).glob("*/config.json"), *Path(top).glob("*/*/config.json")}):
             config = files.read_json(path)
-            if "made_by" in config and (config.get("files") != state(str(path.parent)) or any(
+            if top == "base/miniature":  # an input that may be replaced: made again only if files are missing
+                if not all((path.parent / name).is_file() for name in config.get("names", [])):
+                    found.append(top)
+            elif "made_by" in config and (config.get("files") != state(str(path.parent)) or any(
                     os.path.exists(name) and state(name) != was for name, was in config.get("inputs", {}).items()
                     if not is_unfinished(name))):
                 found.append(str(path.parent))
@@ -166,21 +177,17 @@ def check(record, commands):
     files.write_text(record, commands)
 
 
-def status(*values):
-    """Prints one line per folder of this run: done, running or to do, and how many of its units, images or seeds."""
-    given = dict(value.split("=", 1) for value in values)
-    _, methods, variants = known_recipes()
-    words = [word for recipe in given["RECIPES"].split() for word in recipe.split("+")]
-    drawn = [word for word in dict.fromkeys(words) if word in methods + variants]
-    for seed in given["MODEL_SEEDS"].split():
-        run = f"runs/{given['DATASET']}-{given['BIAS']}" + f"-seed{seed}" * (seed != "0")
-        folders = [f"data/{given['DATASET']}-{given['BIAS']}", f"{run}/clusters",
-                   *(f"{run}/models/{method}" for method in drawn if method != "vanilla"),
-                   *(f"{run}/synthetic/{method}" for method in drawn),
-                   *(f"{run}/classifiers/{recipe}" for recipe in given["RECIPES"].split()),
-                   *([f"{run}/images"] if drawn else []), f"{run}/results"]
-        for folder in folders:
-            print(f"{folder:45} {progress(Path(folder))}")
+def status(*folders):
+    """Prints one line per folder: done, running or to do, and how many of its units, images or seeds."""
+    stages = ("data", "clusters", "modes", "models", "synthetic", "classifiers", "images", "results")
+
+    def in_order(folder):
+        parts = Path(folder).parts
+        return parts[0] != "data", parts[0] == "runs" and parts[1], stages.index(next(
+            (stage for stage in stages if parts[2:] and parts[2].startswith(stage)), "data")), folder
+
+    for folder in sorted(folders, key=in_order):
+        print(f"{folder:45} {progress(Path(folder))}")
 
 
 def progress(folder):

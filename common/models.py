@@ -257,10 +257,10 @@ class Clip:
             raise InputError("metadata.csv", f"a text is too long for CLIP, one of {texts}", "shorten it")
         return _unit_length(self.model.text_projection(self.model.text_model(**tokens).pooler_output))
 
-    def zero_shot(self, images, prompts):
-        """Probability of each prompt for each PIL image, (N, len(prompts)) float32 (Radford et al. 2021, 3.1)."""
+    def zero_shot(self, images, texts):
+        """Probability of each text (embeddings of texts()) for each PIL image, (N, M) float32 (Radford et al. 2021, 3.1)."""
         scale = self.model.logit_scale.exp().cpu()
-        return (scale * self.images(images) @ self.texts(prompts).T).softmax(1)
+        return (scale * self.images(images) @ texts.T).softmax(1)
 
 
 class Encoder:

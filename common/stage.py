@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 Flag = argparse.BooleanOptionalAction
@@ -100,7 +101,7 @@ def _check_out(args):
     if any(out == real(path) or out in real(path).parents for path in _given_paths(args)):
         raise InputError(f"--out {args.out}", "is or holds an input", "name another folder")
     if out.suffix == ".html" and out.is_dir() or out.suffix != ".html" and out.is_file():
-        raise InputError(f"--out {args.out}", f"is a {'folder' if out.is_dir() else 'file'}", "name another")
+        raise InputError(f"--out {args.out}", f"is a {'folder' if out.is_dir() else 'file'}", "choose another path")
     if out.is_dir() and not (out / ".stage").is_file() and not all(map(files.is_left_over, out.iterdir())):
         raise InputError(f"--out {args.out}", "holds files that no stage wrote", "name another folder or empty it")
 
@@ -110,7 +111,7 @@ def _given_paths(args):
     values = [value for name, value in vars(args).items() if name != "out"]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value])
              if isinstance(path, Path)]
-    models = [Path(getattr(args, name, None) or "") for name in ("base", "clip", "encoder")]
+    models = [Path(getattr(args, name, None) or "") for name in ("base", "clip", "encoder", "weights")]
     return paths + [path for path in models if path.name and path.exists()]
 
 
@@ -193,6 +194,9 @@ def lock_of(path):
 def _lock(path, kind, start, length):
     try:
         _locks.append(os.open(lock_of(path), os.O_RDWR | os.O_CREAT if kind == fcntl.LOCK_EX else os.O_RDONLY, 0o666))
+    except OSError:
+        return  # a folder that cannot be written: whoever writes there is told so
+    try:
         fcntl.lockf(_locks[-1], kind | fcntl.LOCK_NB, length, start)
     except (BlockingIOError, PermissionError):
         raise InputError(path, "is in use by another process", "wait for it to finish, or stop it") from None

@@ -1,9 +1,8 @@
-# CelebA (Liu et al. 2015): y = Blond_Hair, a = Male; any two of the 40 by PREPARE. ROOT holds list_attr_celeba.txt (or
-# .csv), list_eval_partition.txt (or .csv) and img_align_celeba. None of it has been run by us on the real images.
+# CelebA (Liu et al. 2015): y = Blond_Hair, a = Male; PREPARE="--target Smiling --attribute Young" takes others. ROOT holds list_attr_celeba.txt (or
+# .csv), list_eval_partition.txt (or .csv) and img_align_celeba. We have not run it on the real images.
 ROOT       ?= downloads/celeba
 BIAS       ?= natural
-PREPARE    ?= --root "$(ROOT)"
-# ours: the paper says Stable Diffusion; CLIP is the one that Stable Diffusion 1.5 reads with
+# ours: the paper says Stable Diffusion; CLIP is Stable Diffusion 1.5's text encoder
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14
 # ours: thousands of images a group
@@ -15,7 +14,7 @@ GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 LORA       ?= --steps 2000 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 2000 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
 COMPOSITIONAL ?= --steps 8000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
-# peers (Group-DRO's code): ResNet-50 with ImageNet weights, batch 128, rate 1e-4, weight decay 1e-4, 50 epochs, random
+# from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-4, weight decay 1e-4, 50 epochs, random
 # crops and flips at 224 pixels. The contrastive weight is ours.
 EPOCHS     ?= 50
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 128 \

@@ -1,5 +1,5 @@
-# The miniature: scikit-learn's handwritten digits on the base model of printed ones; 2 cores, no network.
-# All values are ours. Learning rates, prior weight, guidance scale and --balance were chosen on val (README), the
+# The miniature: scikit-learn's handwritten digits, and a base model trained on printed ones; 2 cores, no network.
+# All values are ours. Learning rates, prior weight, guidance scale and --balance were chosen on val (RESULTS.md), the
 # numbers of steps for a run of minutes. Images seen in training at bias 0.95: lora 19,200, compositional 25,600,
 # dreambooth 32,000, clustered 48,000 (12 clusters).
 IMAGES        ?= 250

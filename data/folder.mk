@@ -1,8 +1,7 @@
 # Your own images: ROOT holds them and a metadata.csv with file_name, y, a, and perhaps split and text. Copy this file
-# to data/<name>.mk with `LOADER = folder` in it, and `make DATASET=<name>` is yours. All values are ours, to start from.
+# to data/<name>.mk, add `LOADER = folder`, and run `make DATASET=<name>`. All values are ours, to start from.
 ROOT       ?= downloads/images
 BIAS       ?= natural
-PREPARE    ?= --root "$(ROOT)"
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14
 IMAGES     ?= 500

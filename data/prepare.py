@@ -144,7 +144,7 @@ def own_folder(args):
 
 
 def digits(args):
-    """scikit-learn's handwritten digits on coloured backbackgrounds: {file_name: (32, 32, 3) uint8}, and a row for each."""
+    """scikit-learn's handwritten digits on coloured backgrounds: {file_name: (32, 32, 3) uint8}, and a row for each."""
     from sklearn.datasets import load_digits  # takes seconds to import
 
     val, test = 300, 496  # multiples of 4, so that the four groups are equal; the other 1,001 are for training
@@ -201,7 +201,8 @@ def subsample(rows, bias):
         else:
             keep_agree = round(len(conflict) * bias / (1 - bias))
         if bias < 1 and not keep_conflict or bias > 0 and not keep_agree:
-            reach = f"up to {len(agree) / (len(agree) + 1):.4f}, and 1" if conflict else "only 1"
+            reach = "only 1" if not conflict else f"down to {1 / (len(conflict) + 1):.4f}" if not keep_agree else \
+                f"up to {len(agree) / (len(agree) + 1):.4f}, and 1"
             raise InputError(f"--bias {bias:g}", f"cannot be reached: class {y} has {len(agree)} training images "
                              f"with attribute {common} and {len(conflict)} others", f"it can reach {reach}")
         dropped |= {row["file_name"] for row in agree[keep_agree:] + conflict[keep_conflict:]}
@@ -238,9 +239,9 @@ def add_captions(rows, args):
         attributes = [f"{low} to {high} years old" for low, high in args.bins]
     classes, attributes = args.classes or classes, args.attributes or attributes
     if not (classes and attributes):
-        if "text" in rows[0]:
+        if "text" in rows[0] and not (args.classes or args.attributes):
             return
-        raise InputError("--classes, --attributes", "are required, as the metadata have no column text",
+        raise InputError("--classes, --attributes", "are required, as the metadata have no column 'text'",
                          "name each class and attribute, from 0 on")
     for flag, names, labels in (("--classes", classes, "y"), ("--attributes", attributes, "a")):
         if len(names) <= (top := max(row[labels] for row in rows)):
@@ -289,7 +290,7 @@ def read_jsonl(path, columns):
             raise InputError(f"{path}, line {number}", "is not a JSON object", "write one object per line") from None
     for number, row in enumerate(rows, 1):
         if row.keys() != rows[0].keys():
-            raise InputError(f"{path}, line {number}", "has other names than the first line", "use the same names")
+            raise InputError(f"{path}, line {number}", "has different keys from line 1", "use the same keys")
     if rows:
         imagefolder.check_columns(path, rows[0], columns)
     return not_empty(path, rows)
@@ -347,32 +348,33 @@ def write_splits(out, rows, columns):
 
 def main(argv=None):
     args = parse(argv)
-    root, rows, table = DATASETS[args.dataset](args)
-    add_captions(rows, args)
     inputs = stage.begin(args)
+    root, rows, table = DATASETS[args.dataset](args)
+    downloaded = isinstance(root, Path)  # or made here: {file_name: image}
+    add_captions(rows, args)
     if table:
         imagefolder.check_rows(*table, [{name: str(value) for name, value in row.items()} for row in rows])
-    if args.dataset != "digits":
+    if downloaded:
         rows = rows if args.bias == "natural" else subsample(rows, args.bias)
         missing = [row["file_name"] for row in rows if not (root / row["file_name"]).is_file()]
         if missing:
             raise not_found(args, f"{len(missing)} of {len(rows)} images, the first is {missing[0]};")
-    content = imagefolder.digest(root, rows) if args.dataset != "digits" else None
+    content = [str(root.resolve()), imagefolder.digest(root, rows)] if downloaded else None
     key = files.digest(rows, content, args.dataset, stage.code_digest(__file__))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
-    if args.dataset != "digits":
+    if downloaded:
         imagefolder.check_images(root, rows)
     for row in rows:
         row["file_name"] = f"images/{row['file_name']}"
     with files.replacing(args.out) as out:
         out.mkdir(parents=True)
-        if args.dataset == "digits":
+        if downloaded:
+            (out / "images").symlink_to(root.resolve(), target_is_directory=True)
+        else:
             (out / "images").mkdir()
             for name, image in root.items():
                 Image.fromarray(image).save(out / "images" / name)
-        else:
-            (out / "images").symlink_to(root.resolve(), target_is_directory=True)
         columns = list(dict.fromkeys((*imagefolder.REQUIRED, *rows[0])))
         files.write_csv(out / "metadata.csv", rows, columns)
         write_splits(out / "splits", rows, columns)

@@ -1,9 +1,8 @@
-# UTKFace (Zhang et al. 2017): y = gender, a = young or old, as From Fake to Real (FFR) bins it; PREPARE may ask for
-# --attribute race or other --bins. ROOT holds the aligned and cropped faces. Not run by us on the real images.
+# UTKFace (Zhang et al. 2017): y = gender, a = young or old, as From Fake to Real (FFR) bins it; PREPARE="--attribute
+# race" or PREPARE="--bins ..." changes it. ROOT holds the aligned and cropped faces. We have not run it on the real images.
 ROOT       ?= downloads/UTKFace
 BIAS       ?= natural
-PREPARE    ?= --root "$(ROOT)"
-# ours: the paper says Stable Diffusion; CLIP is the one that Stable Diffusion 1.5 reads with
+# ours: the paper says Stable Diffusion; CLIP is Stable Diffusion 1.5's text encoder
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14
 # ours

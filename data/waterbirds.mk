@@ -1,10 +1,9 @@
 # Waterbirds (Sagawa et al. 2020): y = landbird or waterbird, a = land or water. ROOT holds its metadata.csv.
 # Of the paper's settings we know the scheme (K-means in CLIP space, DreamBooth, CLIP filter, SupCon); each value below
-# says whose it is. None has been run by us on the real images.
+# says whose it is. We have not run them on the real images.
 ROOT       ?= downloads/waterbird_complete95_forest2water2
 BIAS       ?= natural
-PREPARE    ?= --root "$(ROOT)"
-# ours: the paper says Stable Diffusion; CLIP is the one that Stable Diffusion 1.5 reads with
+# ours: the paper says Stable Diffusion; CLIP is Stable Diffusion 1.5's text encoder
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14
 # ours: the rare group has 56 images
@@ -17,7 +16,7 @@ LORA       ?= --steps 800 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 800 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
 # ours, in the spirit of the miniature's
 COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
-# peers (Group-DRO's code): ResNet-50 with ImageNet weights, batch 128, rate 1e-3, weight decay 1e-4, 224 of 256 pixels,
+# from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-3, weight decay 1e-4, 224 of 256 pixels,
 # random crops and flips; they train for 300 epochs, ours are 100. The contrastive weight is ours.
 EPOCHS     ?= 100
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --load-size 256 --augment crop-flip --batch 128 \

@@ -1,4 +1,4 @@
-"""What the synthetic images are worth, measured against real images that no model has seen.
+"""The quality of the synthetic images, measured against real images that no model has seen.
 
     python evaluation/images.py --data data/digits-0.95 --synthetic runs/digits-0.95/synthetic/{vanilla,lora} \\
         --clip base/miniature/clip --out runs/digits-0.95/images
@@ -146,13 +146,13 @@ def cost(source):
 
 def main(argv=None):
     args = parse(argv)
+    inputs = stage.begin(args)
     everything = imagefolder.read_metadata(args.data)
     prompts = imagefolder.group_prompts(everything)
     titles = imagefolder.group_titles(everything)
     sets = {source: imagefolder.read_metadata(source, "train") for source in args.synthetic}
     if all(row["split"] == "train" for row in everything):
         raise InputError(args.data, "has no images of split val or test", "prepare the data again")
-    inputs = stage.begin(args)
     key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
                        [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
                         for source, rows in sets.items()],
@@ -189,8 +189,8 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
-    parser.add_argument("--synthetic", type=Path, nargs="+", required=True, help="OUTs of generate.py")
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
+    parser.add_argument("--synthetic", type=Path, nargs="+", required=True, help="output folders of generate.py")
     parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
     parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
     models.add_device_flags(parser, precision=False)

@@ -124,7 +124,6 @@ def main(argv=None):
         costs=costs_table(args.run), settings=settings_of(args.run))
     with files.replacing(args.out) as hidden:
         hidden.write_text(page, encoding="utf-8")
-    print(f"Report: {args.out}")
 
 
 def environment():
@@ -137,7 +136,7 @@ def environment():
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run, with its results")
-    parser.add_argument("--data", type=Path, required=True, help="real images in the one format")
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--out", type=Path, required=True, help="html file to write")
     return parser.parse_args(argv)
 

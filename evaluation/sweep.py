@@ -5,6 +5,7 @@
 Reads intervals.csv of each results folder. Writes OUT/sweep.csv, OUT/sweep.md, OUT/sweep.png and OUT/config.json.
 """
 
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -17,12 +18,12 @@ from evaluation import figures
 
 def main(argv=None):
     args = parse(argv)
+    inputs = stage.begin(args)
     values = {}
     for results in args.results:
-        bias = results.parent.name.rsplit("-", 1)[-1]
+        bias = re.sub(r"-seed\d+$", "", results.parent.name).rsplit("-", 1)[-1]
         for row in files.read_csv(results / "intervals.csv", "run evaluate.py for this bias first"):
             values.setdefault(row["recipe"], {})[bias] = [float(row[name]) for name in ("worst_group", "low", "high")]
-    inputs = stage.begin(args)
     biases = sorted({bias for row in values.values() for bias in row}, key=lambda text: (text == "natural", text))
     values = dict(sorted(values.items(), key=lambda item: -mean(value[0] for value in item[1].values())))
     with files.replacing(args.out) as out:
@@ -42,7 +43,7 @@ def main(argv=None):
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    parser.add_argument("--results", type=Path, nargs="+", required=True, help="OUTs of evaluate.py, one per bias")
+    parser.add_argument("--results", type=Path, nargs="+", required=True, help="output folders of evaluate.py, one per bias")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -73,10 +73,11 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
     return out
 
 
-def new_house(path, base):
-    """A copy of the repository with the tiny base model and the installed libraries."""
+def new_house(path, base, pretrain=""):
+    """A copy of the repository with the tiny base model, as if made with these PRETRAIN flags, and what is installed."""
     shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
     shutil.copytree(base, path / "base" / "miniature")
+    (path / "base" / "miniature" / "command").write_text(f"base/pretrain.py {pretrain}".strip() + "\n")
     (path / ".venv").symlink_to(ROOT / ".venv")
     return path
 

@@ -1,7 +1,6 @@
 """base/pretrain.py: what it saves is an ordinary pipeline and an ordinary CLIP."""
 
 import torch
-import conftest  # noqa: F401
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 

@@ -173,7 +173,7 @@ def test_utkface_skips_malformed_names_bins_ages_and_splits_by_file_name(tmp_pat
 def test_a_folder_of_ones_own_gets_stratified_splits_and_captions_of_the_names(tmp_path):
     root, names = own_folder(tmp_path / "f"), ("cat", "dog", "bear", "bird")
     args = ("data/prepare.py", "folder", "--root", root, "--out", tmp_path / "out")
-    run(*args, fails="are required, as the metadata have no column text")
+    run(*args, fails="are required, as the metadata have no column 'text'")
     run(*args, "--classes", *names[:3], "--attributes", *names, fails="--classes: has 3 names, but y goes up to 3")
     run(*args, "--classes", *names, "--attributes", "land", "sea", "sky", "snow", "--template", "a {y} in the {a}")
     for split in imagefolder.SPLITS:
@@ -232,6 +232,9 @@ def test_a_download_that_was_moved_is_a_one_line_error(tmp_path):
     (tmp_path / "w").rename(tmp_path / "elsewhere")
     run("train_classifier.py", "--recipe", "erm", "--data", tmp_path / "out", "--out", tmp_path / "c",
         fails="not found, but listed in metadata.csv")
+    run("data/prepare.py", "waterbirds", "--root", tmp_path / "elsewhere", "--out", tmp_path / "out")  # as it says
+    run("train_classifier.py", "--recipe", "erm", "--epochs", 1, "--seeds", 0, "--data", tmp_path / "out", "--out",
+        tmp_path / "c")
 
 
 # ------------------------------------------------------------------------------- downloads and tables as they come
@@ -320,6 +323,11 @@ def test_metadata_jsonl_is_read_like_csv(tmp_path):
         (0, 1, "train"), (1, 0, "val")]
     own(root, lines[0] + "\nnot json\n", "metadata.jsonl")
     run(*args, fails="metadata.jsonl, line 2: is not a JSON object")
+
+
+def test_class_names_without_attribute_names_are_refused_though_there_are_captions(tmp_path):
+    root = own(tmp_path / "mine", "file_name,y,a,text\nx.png,0,0,one\ny.png,1,0,two\n")
+    run("data/prepare.py", "folder", "--root", root, "--classes", "a", "b", "--out", tmp_path / "o", fails="--attributes")
 
 
 def test_labels_from_one_are_reported(tmp_path):

@@ -71,3 +71,10 @@ def test_dinov2_can_replace_clip(base, dataset, tmp_path):
 def test_an_invalid_clip_is_a_one_line_error(dataset, tmp_path):
     run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="cannot be loaded")
     assert not (tmp_path / "c").exists()
+
+
+def test_clusters_in_a_folder_that_is_reached_through_a_link_lead_to_the_images(base, dataset, tmp_path):
+    (tmp_path / "far" / "away" / "scratch").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far" / "away" / "scratch")
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 1, "--out", tmp_path / "runs" / "c")
+    assert len(imagefolder.read_metadata(tmp_path / "runs" / "c")) == 54

@@ -162,6 +162,15 @@ def vanilla_of(path):
     return path / "v"
 
 
+def test_a_unit_without_a_share_is_not_drawn(base, dataset, command, tmp_path):
+    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 5, "--min-size", 2, "--out", tmp_path / "c")
+    run("finetune.py", "--method", "lora", "--per", "cluster", "--base", base, "--data", tmp_path / "c", "--steps", 1,
+        "--out", tmp_path / "lora")
+    args = (*command, "--models", tmp_path / "lora", "--images", 2, "--out", tmp_path / "v")
+    assert "wanted" in run(*args)
+    assert "wanted" not in run(*args) and len(imagefolder.read_metadata(tmp_path / "v")) == 8
+
+
 def test_invalid_input_is_a_one_line_error(command, tmp_path):
     run(*command, "--models", tmp_path, "--out", tmp_path / "v", fails="config.json: not found")
     assert not (tmp_path / "v" / "metadata.csv").exists()

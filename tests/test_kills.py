@@ -55,7 +55,7 @@ def wipe(house):
 @pytest.fixture(scope="module")
 def house(base, tmp_path_factory):
     """A copy of the repository in which nothing is made yet."""
-    house = new_house(tmp_path_factory.mktemp("kills") / "house", base)
+    house = new_house(tmp_path_factory.mktemp("kills") / "house", base, SMALL[-1].removeprefix("PRETRAIN="))
     if LONG:
         wipe(house)
     return house

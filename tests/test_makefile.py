@@ -130,6 +130,8 @@ def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(hous
         assert f"data/prepare.py digits --bias {bias} --out data/digits-{bias}" in text
     assert "evaluation/sweep.py --results runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
     assert not (house / "data" / "digits-0.9").exists()
+    text = make(house, "-n", "sweep", "BIAS=0.9", "MODEL_SEEDS=1", "RECIPES=erm")
+    assert "--results runs/digits-0.9-seed1/results" in text or "--results runs/digits-0.5-seed1/results" in text
 
 
 def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(house):
@@ -209,6 +211,15 @@ def test_dropped_weights_are_trained_again_only_when_images_are_missing(house):
     assert {"models/lora", "synthetic/lora"} <= set(would_run(house, "KEEP_WEIGHTS=no", "IMAGES=4"))
     make(house)
     assert list(lora.rglob("*.safetensors")) and would_run(house) == []
+
+
+def test_other_pretraining_or_a_lost_file_of_the_base_makes_it_again(house):
+    assert "base/pretrain.py --unet-steps 3 --out base/miniature" in make(house, "-n", "PRETRAIN=--unet-steps 3")
+    weights = house / "base" / "miniature" / "vae" / "config.json"
+    weights.rename(weights.with_suffix(".away"))
+    assert "base/pretrain.py --out base/miniature" in make(house, "-n")
+    weights.with_suffix(".away").rename(weights)
+    assert would_run(house) == []
 
 
 def test_an_edited_comment_retrains_nothing(house):

@@ -209,3 +209,24 @@ def test_groups_without_val_images_and_classes_without_training_images_are_repor
     text = run("train_classifier.py", "--recipe", "erm", "--data", data, *QUICK, "--out", tmp_path / "erm")
     assert "no training images of class 0" in text
     assert "no val images of y2-a0; epochs are chosen by the worst of 3 of 4 groups" in text
+
+
+def test_dfr_needs_every_class_in_val(tmp_path):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 6, (1, 1): 6})
+    rows = imagefolder.read_metadata(data)
+    files.write_csv(data / "metadata.csv", [row for row in rows if (row["split"], row["y"]) != ("val", 1)])
+    run("train_classifier.py", "--recipe", "dfr", "--data", data, *QUICK, "--out", tmp_path / "dfr",
+        fails="has too few val images of class 1 for dfr")
+
+
+def test_other_weights_under_the_same_name_are_trained_from_again(dataset, tmp_path):
+    import torchvision
+    from safetensors.torch import save_file
+
+    args = ("train_classifier.py", "--recipe", "erm", "--arch", "resnet18", "--weights", tmp_path / "w.safetensors", "--data",
+            dataset, "--epochs", 1, "--batch", 64, "--seeds", 0, "--out", tmp_path / "erm")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(torchvision.models.resnet18().state_dict(), tmp_path / "w.safetensors")
+        assert "seed 0" in run(*args)
+    assert "seed 0" not in run(*args)
