@@ -115,9 +115,9 @@ sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
 	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
 torture: .venv/installed
-	TORTURE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
+	TORTURE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
 status:
 	@$(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
 help:

@@ -110,7 +110,7 @@ def finetune(base, unit, args):
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(f"{unit.name}: loss is {total} at step {step} "
+            raise FloatingPointError(f"{unit.title}: loss is {total} at step {step} "
                                      f"(learning rate {args.learning_rate:g}, batch {args.batch})")
         curve.append({"step": step, "loss": round(total, 6), "learning_rate": schedule.get_last_lr()[0]})
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -208,10 +208,12 @@ def main(argv=None):
     for row in rows:  # the cluster becomes a part of a folder's name
         imagefolder.as_label(args.data / "metadata.csv", "cluster", row.get("cluster", "0"))
     prior_rows = imagefolder.read_metadata(args.prior, "train") if args.prior else []
+    titles = imagefolder.group_titles(rows)
     units = units_of(rows, prior_rows, args)
     for unit in units:
+        unit.title = imagefolder.unit_title(unit.name, titles)
         if args.prior and not unit.prior_rows:
-            raise InputError(args.prior, f"has no class images for {unit.name}", "generate them for this --data")
+            raise InputError(args.prior, f"has no class images for {unit.title}", "generate them for this --data")
     base = files.model_digest(args.base)
     code = stage.code_digest(__file__, models.__file__, imagefolder.load_image, stage.seed_of)
     for unit in units:
@@ -306,7 +308,7 @@ def train_units(todo, units, base_digest, args):
             stage.finish_unit(out, args, unit.key, base=base_digest, images=len(unit.rows), **stage.spent(begin))
         files.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]
-        print(f"{unit.name}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
+        print(f"{unit.title}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
     return failures
 
 

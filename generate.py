@@ -71,14 +71,14 @@ def fill(pipe, clip, draw, texts, out, args):
     with imagefolder.progress(None, draw["name"], "image", total=draw["share"], initial=min(kept, draw["share"])) as bar:
         while kept < draw["share"]:
             if len(candidates) >= args.max_tries * draw["share"] + args.batch:
-                raise InputError(draw["name"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
+                raise InputError(draw["title"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
                                  "lower --clip-threshold, raise --max-tries or fine-tune longer")
             indices = range(len(candidates), len(candidates) + args.batch)
             candidates += draw_batch(pipe, clip, draw, texts, indices, out, args)
             files.write_csv(out / "candidates.csv", candidates)
             kept = count_kept(candidates)
             bar.update(min(kept, draw["share"]) - bar.n)
-    print(f"{draw['name']}: {len(candidates)} images drawn, {kept} kept, {draw['share']} wanted", flush=True)
+    print(f"{draw['title']}: {len(candidates)} images drawn, {kept} kept, {draw['share']} wanted", flush=True)
 
 
 def draw_batch(pipe, clip, draw, texts, indices, out, args):
@@ -100,7 +100,7 @@ def draw_batch(pipe, clip, draw, texts, indices, out, args):
 # ------------------------------------------------------------------------------------------------- the units
 
 
-def draws_of(prompts, args):
+def draws_of(prompts, titles, args):
     """What is to be drawn: one dict per unit, with its name, group, prompt, weights' folder (or None) and share."""
     trained = read_models(args) if args.models else []
     draws = []
@@ -108,10 +108,11 @@ def draws_of(prompts, args):
         y, a = imagefolder.labels_of(group)
         mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         if args.models and not mine:
-            print(f"{group}: no training images, drawn by the base model")
+            print(f"{titles[group]}: no training images, drawn by the base model")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
-        draws += [{"name": group + draw["suffix"], "group": group, "prompt": draw["prompt"].replace("{text}", text),
+        draws += [{"name": group + draw["suffix"], "group": group,
+                   "title": imagefolder.unit_title(group + draw["suffix"], titles), "prompt": draw["prompt"].replace("{text}", text),
                    "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
                   for draw, share in zip(mine, shares) if share]
     return draws
@@ -165,8 +166,9 @@ def count_kept(candidates):
 def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
-    prompts = imagefolder.group_prompts(imagefolder.read_metadata(args.data))
-    draws = draws_of(prompts, args)
+    rows = imagefolder.read_metadata(args.data)
+    prompts = imagefolder.group_prompts(rows)
+    draws = draws_of(prompts, imagefolder.group_titles(rows), args)
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights"),
                            prompts, files.model_digest(args.base), files.model_digest(args.clip),
                            stage.code_digest(__file__, models.__file__, stage.seed_of))

@@ -336,7 +336,8 @@ def report_absent(rows, synthetic, classes):
     groups = imagefolder.group_counts(row for part in rows.values() for row in part)
     absent = [group for group in groups if group not in imagefolder.group_counts(rows["val"])]
     if absent:
-        print(f"note: no val images of {', '.join(absent)}; epochs are chosen by the worst of "
+        titles = imagefolder.group_titles(row for part in rows.values() for row in part)
+        print(f"note: no val images of {', '.join(titles[group] for group in absent)}; epochs are chosen by the worst of "
               f"{len(groups) - len(absent)} of {len(groups)} groups")
 
 

@@ -173,6 +173,12 @@ def group_titles(rows):
     return {group: f"{title[:40]} ({group})" for group, title in sorted(titles.items(), key=lambda x: labels_of(x[0]))}
 
 
+def unit_title(unit, titles):
+    """The name for people of a unit, a group or a part of one: `waterbird on land (y1-a0-c2)`."""
+    group = "-".join(unit.split("-")[:2])
+    return titles[group].replace(f"({group})", f"({unit})") if group in titles else unit
+
+
 def correlated_attribute(counts, y):
     """The attribute most over-represented in class y: the largest P(a | y) / P(a); counts: {group: images}."""
     with_a = Counter()
@@ -229,7 +235,8 @@ def progress(items, title, unit, **more):
 
 def contact_sheet(rows, labels, cell=64):
     """A picture with one row of PIL images per label."""
-    left = 8 + 7 * max(map(len, labels), default=0)
+    measure = ImageDraw.Draw(Image.new("1", (1, 1))).textlength
+    left = 12 + int(max(map(measure, labels), default=0))
     sheet = Image.new("RGB", (left + (cell + 2) * max(map(len, rows), default=1), (cell + 2) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (images, label) in enumerate(zip(rows, labels)):

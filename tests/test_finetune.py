@@ -17,7 +17,7 @@ QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
 def trained(stdout):
     """The units that a run says it trained."""
-    return [line.split(":")[0] for line in stdout.splitlines() if "images, loss" in line]
+    return [line.split("(")[1].split(")")[0] for line in stdout.splitlines() if "images, loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_unit_and_publishes_nothing(base, da
     process = start("finetune.py", "--method", "dreambooth", "--base", base, "--data", dataset, "--steps", 9,
                     "--learning-rate", "1e30", "--out", tmp_path / "out", stdout=-1, stderr=-1)
     _, errors = process.communicate()
-    assert process.returncode == 1 and "y0-a1: loss is nan at step" in errors
+    assert process.returncode == 1 and "(y0-a1): loss is nan at step" in errors
     assert "Traceback" not in errors and not list(tmp_path.glob("out/y*"))
 
 

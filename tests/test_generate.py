@@ -86,7 +86,7 @@ def test_what_clip_rejects_is_counted_and_replaced(command, vanilla, tmp_path):
 
 def test_a_unit_that_cannot_fill_its_share_is_a_one_line_error(command, tmp_path):
     run(*command, "--images", 5, "--clip-threshold", 1, "--max-tries", 2, "--out", tmp_path / "v",
-        fails="y0-a0: 0 of 16 images kept, 5 wanted")
+        fails="even digit on a red background (y0-a0): 0 of 16 images kept, 5 wanted")
     assert not (tmp_path / "v" / "metadata.csv").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_group_without_training_images_falls_back_to_the_base_and_is_reported(
     run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 2, "--out", tmp_path / "lora")
     text = run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 3,
                "--out", tmp_path / "v")
-    assert "y1-a0: no training images, drawn by the base model" in text
+    assert "odd digit on a red background (y1-a0): no training images, drawn by the base model" in text
     assert imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "v")) == {"y0-a0": 3, "y1-a0": 3, "y1-a1": 3}
     units = {row["unit"] for row in imagefolder.read_metadata(tmp_path / "v")}
     assert units == {"y0-a0", "y1-a0", "y1-a1"}

@@ -105,6 +105,7 @@ def at_work(output):
     return [word for line in output.splitlines() if " --out " in line for word in line.split() if word in SCRIPTS][-1]
 
 
+@slow
 def test_a_run_killed_anywhere_resumes_to_the_same_bytes(house, undisturbed, capsys):
     """SIGKILL to the whole process group at a random moment of every script in turn."""
     draws, kills, laps, start_of_all = random_draws(), Counter(), 0, time.monotonic()
@@ -131,6 +132,7 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(house, undisturbed, cap
     assert not LONG or set(kills) >= set(SCRIPTS) - {"evaluation/report.py", "data/prepare.py"}
 
 
+@slow
 def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_resume(house, undisturbed, capsys):
     draws, interrupts, slowest = random_draws(), 0, 0
     targets = itertools.cycle(["cluster.py", "generate.py", "finetune.py", "train_classifier.py", "evaluation/images.py"])

@@ -165,29 +165,18 @@ def test_a_folder_that_another_process_writes_is_refused_while_that_process_live
 # ----------------------------------------------------------------------- what was lost or changed is made again
 
 
-@pytest.fixture
-def restored(house):
-    """The house, checked to be complete again after the test."""
+def test_edited_and_lost_files_of_the_data_and_of_results_are_noticed_and_made_again(house):
     before = files_of(house / "runs", but=SECONDS)
-    yield house
-    make(house)
-    assert files_of(house / "runs", but=SECONDS) == before and would_run(house) == []
-
-
-def test_an_edited_or_lost_image_of_the_data_is_noticed(restored):
-    images = sorted((restored / "data" / "digits-0.95" / "images").iterdir())
-    images[0].write_bytes(images[1].read_bytes())
-    images[2].unlink()
-    text = make(restored, "-n")
-    assert "data/prepare.py digits" in text and "classifiers/erm" in text
-
-
-def test_a_lost_image_unit_or_prediction_is_noticed(restored):
-    run = restored / "runs" / "digits-0.95"
+    run, images = house / "runs" / "digits-0.95", sorted((house / "data" / "digits-0.95" / "images").iterdir())
     (run / "synthetic" / "vanilla" / "y0-a0" / "00000.png").unlink()
     shutil.rmtree(run / "models" / "lora" / "y1-a0")
     (run / "classifiers" / "erm" / "seed0" / "predictions.csv").unlink()
-    assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(restored))
+    assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(house))
+    images[0].write_bytes(images[1].read_bytes())
+    images[2].unlink()
+    assert "data/prepare.py digits" in make(house, "-n") and {"clusters", "classifiers/vanilla"} <= set(would_run(house))
+    make(house)
+    assert files_of(house / "runs", but=SECONDS) == before and would_run(house) == []
 
 
 @slow
@@ -203,6 +192,7 @@ def test_another_base_model_retrains_what_was_made_from_the_first(house):
     make(house)
 
 
+@slow
 def test_dropped_weights_are_trained_again_only_when_images_are_missing(house):
     make(house, "KEEP_WEIGHTS=no")
     lora = house / "runs" / "digits-0.95" / "models" / "lora"

@@ -208,7 +208,7 @@ def test_groups_without_val_images_and_classes_without_training_images_are_repor
                                             if (row["split"], row["y"], row["a"]) != ("val", 1, 0)])
     text = run("train_classifier.py", "--recipe", "erm", "--data", data, *QUICK, "--out", tmp_path / "erm")
     assert "no training images of class 0" in text
-    assert "no val images of y2-a0; epochs are chosen by the worst of 3 of 4 groups" in text
+    assert "no val images of odd digit on a red background (y2-a0); epochs are chosen by the worst of 3 of 4 groups" in text
 
 
 def test_dfr_needs_every_class_in_val(tmp_path):
