@@ -196,7 +196,7 @@ def tidy_results(predictions, train_counts):
 def summary(results, keep_order=False):
     """{recipe: {metric or group: (mean, std)}}, best worst-group accuracy first, or in the order of results.
 
-    The std is over runs, each the mean of its seeds, or over seeds if there is one run. NaN: not estimable.
+    The std is over runs, each the mean of its seeds, or over seeds if there is one run. NaN: not estimable, as the std of one.
     """
     values = {}
     for row in results:
@@ -208,7 +208,7 @@ def summary(results, keep_order=False):
     for recipe, columns in values.items():
         for column, runs in columns.items():
             several = [mean(seeds) for seeds in runs.values()] if len(runs) > 1 else next(iter(runs.values()))
-            table.setdefault(recipe, {})[column] = (mean(several), stdev(several) if len(several) > 1 else 0.0)
+            table.setdefault(recipe, {})[column] = (mean(several), stdev(several) if len(several) > 1 else float("nan"))
     return table if keep_order else dict(sorted(table.items(), key=lambda item: -item[1]["worst_group"][0]))
 
 
@@ -236,7 +236,7 @@ def interval_line(recipe, row, found, seeds, references, groups):
 
 def latex(table, found):
     """The first table as LaTeX, for a paper that uses booktabs."""
-    lines = [f"{recipe} & ${row['worst_group'][0]:.3f} \\pm {row['worst_group'][1]:.3f}$ & "
+    lines = [f"{recipe} & ${plus_minus(*row['worst_group'])}$ & ".replace("±", r"\pm") +
              "$[{:.3f}, {:.3f}]$".format(*found[recipe]["worst_group"]) + f" & ${row['mean_group'][0]:.3f}$ \\\\"
              for recipe, row in table.items()]
     return "\n".join([r"\begin{tabular}{lccc}", r"\toprule",
@@ -260,7 +260,7 @@ def markdown(table, found, sizes, titles, args, over):
     text = (f"Accuracy on {args.split}: mean ± std over {over}. In brackets: 95 % bootstrap intervals over {args.split} "
             "images and seeds or runs. Bold: significantly different from zero.\n\n")
     text += markdown_table(["recipe", "worst-group accuracy", "interval", *compared], [
-        [recipe, f"{row['worst_group'][0]:.3f} ± {row['worst_group'][1]:.3f}", "[{:.3f}, {:.3f}]".format(
+        [recipe, plus_minus(*row["worst_group"]), "[{:.3f}, {:.3f}]".format(
             *found[recipe]["worst_group"]), *(difference(found[recipe].get(column)) for column in compared)]
         for recipe, row in table.items()])
     columns = [column for column in next(iter(table.values())) if column != "worst_group"]
@@ -275,7 +275,7 @@ def markdown(table, found, sizes, titles, args, over):
 
 
 def plus_minus(value, std):
-    return "n/a" if math.isnan(value) else f"{value:.3f} ± {std:.3f}"
+    return "n/a" if math.isnan(value) else f"{value:.3f}" if math.isnan(std) else f"{value:.3f} ± {std:.3f}"
 
 
 def difference(values):

@@ -147,7 +147,10 @@ def stale(tops):
             if top == "base/miniature":  # an input that may be replaced: made again only if files are missing
                 if not all((path.parent / name).is_file() for name in config.get("names", [])):
                     found.append(top)
-            elif "made_by" in config and (config.get("files") != state(str(path.parent)) or any(
+            elif "made_by" not in config:  # a file that a stage did not write, or half of it
+                if (path.parent / ".stage").is_file() and path.is_file():
+                    found.append(str(path.parent))
+            elif (config.get("files") != state(str(path.parent)) or any(
                     os.path.exists(name) and state(name) != was for name, was in config.get("inputs", {}).items()
                     if not is_unfinished(name))):
                 found.append(str(path.parent))

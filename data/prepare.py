@@ -77,9 +77,13 @@ def celeba(args):
             raise InputError(f"{flag} {name}", f"is not a column of {attributes}",
                              f"use one of {', '.join(sorted(set(table[0]) - {'image_id', ''}))}")
     if partition.suffix == ".csv":
-        splits = {row["image_id"]: row["partition"] for row in read_csv(partition, ("image_id", "partition"))}
+        pairs = [(row["image_id"], row["partition"]) for row in read_csv(partition, ("image_id", "partition"))]
     else:
-        splits = dict(read_lines(partition, 2))
+        pairs = list(map(tuple, read_lines(partition, 2)))
+    splits = dict(pairs)
+    twice = [name for name, split in pairs if splits[name] != split]
+    if twice:
+        raise InputError(partition, f"puts {twice[0]} into two splits", "download it again")
     first = find(args, f"img_align_celeba/{table[0]['image_id']}")
     rows, top = [], 2 if attributes.suffix == ".csv" else 3
     for line, row in enumerate(table, top):
@@ -102,7 +106,7 @@ def utkface(args):
     """
     rows, skipped, seen = [], [], set()
     for path in sorted(args.root.rglob("*.[jJ][pP][gG]")):
-        name = re.fullmatch(r"(\d{1,3})_([01])_([0-4])_\d+\.jpg(\.chip\.jpg)?", path.name, re.IGNORECASE)
+        name = re.fullmatch(r"([0-9]{1,3})_([01])_([0-4])_[0-9]+\.jpg(\.chip\.jpg)?", path.name, re.IGNORECASE)
         if not name or path.name in seen:
             skipped.append(str(path.relative_to(args.root)))
             continue
@@ -283,7 +287,7 @@ def read_csv(path, columns):
 def read_jsonl(path, columns):
     """The rows of a file with one JSON object per line, values as str."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(path), 1):
         try:
             rows.append({name: str(value) for name, value in json.loads(line).items()})
         except (ValueError, AttributeError):
@@ -302,9 +306,16 @@ def not_empty(path, rows):
     return rows
 
 
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"is not a text in UTF-8: {error}", "download it again") from None
+
+
 def read_lines(path, fields, skip=0):
     """The lines of a text file, split at one or more blanks. Raises InputError if a line has not `fields` fields."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()[skip:] if line.strip()]
+    lines = [line.split() for line in read_text(path)[skip:] if line.strip()]
     for number, line in enumerate(lines, skip + 1):
         if len(line) != fields:
             raise InputError(f"{path}, line {number}", f"has {len(line)} fields, not {fields}",
@@ -314,7 +325,7 @@ def read_lines(path, fields, skip=0):
 
 def read_attributes(path):
     """list_attr_celeba.txt: a line with the count, one with the names, then a line of 1 and -1 per image."""
-    head = path.read_text(encoding="utf-8-sig").splitlines()[:2]
+    head = read_text(path)[:2]
     if len(head) < 2 or not head[0].strip().isdigit():
         raise InputError(path, "does not begin with a count and a line of names", "download it again")
     names = head[1].split()
@@ -322,7 +333,7 @@ def read_attributes(path):
     if len(lines) != int(head[0]):
         raise InputError(path, f"has {len(lines)} images, its first line says {head[0].strip()}",
                          "is the download complete?")
-    return [dict(zip(("image_id", *names), line)) for line in lines]
+    return not_empty(path, [dict(zip(("image_id", *names), line)) for line in lines])
 
 
 def label(path, line, column, row, below=None):
@@ -409,6 +420,9 @@ def parse(argv=None):
                          SOURCES.get(args.dataset, "your images and their metadata.csv"))
     args.target = args.target or "Blond_Hair"
     args.attribute = args.attribute or {"celeba": "Male", "utkface": "age"}.get(args.dataset)
+    bins = sorted(args.bins)
+    if any(high >= low for (_, high), (low, _) in zip(bins, bins[1:])):
+        raise InputError("--bins", "overlap", "give ranges of ages that do not, for example 0-5 20-50")
     if args.dataset == "utkface" and args.attribute not in ("age", "race"):
         raise InputError(f"--attribute {args.attribute}", "is not in UTKFace", "use age or race")
     return args

@@ -308,6 +308,115 @@ def test_an_invalid_table_of_ones_own_is_named_with_its_row_before_any_image_is_
     assert ".tmp" not in line and not (tmp_path / "o").exists()
 
 
+def line_of(path, number, change):
+    """Rewrites one line of a text (from 0)."""
+    lines = path.read_text().splitlines()
+    lines[number] = change(lines[number])
+    path.write_text("\n".join(line for line in lines if line is not None) + "\n")
+
+
+ATTR, PART, IMAGES = "list_attr_celeba", "list_eval_partition", "img_align_celeba"
+CELEBA = {  # what is wrong with a download of CelebA, with the txt files, and what is said of it
+    "no attributes": (lambda root: (root / f"{ATTR}.txt").unlink(), f"does not contain {ATTR}.txt or {ATTR}.csv"),
+    "no partition": (lambda root: (root / f"{PART}.txt").unlink(), f"does not contain {PART}.txt or {PART}.csv"),
+    "no images": (lambda root: shutil.rmtree(root / IMAGES), f"does not contain {IMAGES}/000001.jpg"),
+    "an empty attribute file": (lambda root: (root / f"{ATTR}.txt").write_text(""), "does not begin with a count"),
+    "no count": (lambda root: line_of(root / f"{ATTR}.txt", 0, lambda line: None), "does not begin with a count"),
+    "a wrong count": (lambda root: line_of(root / f"{ATTR}.txt", 0, lambda line: "202599"),
+                      "has 92 images, its first line says 202599"),
+    "a count of nothing": (lambda root: (root / f"{ATTR}.txt").write_text(f"0\n{' '.join(ATTRIBUTES)}\n"), "has no rows"),
+    "a value that is missing": (lambda root: line_of(root / f"{ATTR}.txt", 5, lambda line: line[:-3]),
+                                f"{ATTR}.txt, line 6: has 40 fields, not 41"),
+    "a value too many": (lambda root: line_of(root / f"{ATTR}.txt", 5, lambda line: line + " 1"), "has 42 fields, not 41"),
+    "a value of 2": (lambda root: line_of(root / f"{ATTR}.txt", 4, lambda line: line.replace(" 1", " 2").replace("-1", "2")),
+                     f"{ATTR}.txt, row 5: a label of 000003.jpg is neither 1 nor -1"),
+    "an image twice": (lambda root: line_of(root / f"{ATTR}.txt", 3, lambda line: line.replace("000002", "000001")),
+                       f"{ATTR}.txt, row 4: 000001.jpg is listed already in row 3"),
+    "a page instead of attributes": (lambda root: (root / f"{ATTR}.txt").write_text("<html>quota</html>"), "a count"),
+    "attributes in UTF-16": (lambda root: (root / f"{ATTR}.txt").write_bytes("92\nMale\n".encode("utf-16")),
+                             "is not a text in UTF-8"),
+    "a split of 3": (lambda root: line_of(root / f"{PART}.txt", 0, lambda line: "000001.jpg 3"), "partition is 3"),
+    "a split that is a word": (lambda root: line_of(root / f"{PART}.txt", 0, lambda line: "000001.jpg train"),
+                               "partition is 'train'"),
+    "a line without a split": (lambda root: line_of(root / f"{PART}.txt", 1, lambda line: "000002.jpg"),
+                               f"{PART}.txt, line 2: has 1 fields, not 2"),
+    "an image without a split": (lambda root: line_of(root / f"{PART}.txt", 1, lambda line: None),
+                                 f"{PART}.txt: has no row for 000002.jpg"),
+    "an image in two splits": (lambda root: line_of(root / f"{PART}.txt", 1, lambda line: "000001.jpg 2"),
+                               "puts 000001.jpg into two splits"),
+    "a partition in Latin-1": (lambda root: (root / f"{PART}.txt").write_bytes(b"caf\xe9.jpg 0\n"), "is not a text in UTF-8"),
+    "an image that is missing": (lambda root: (root / IMAGES / IMAGES / "000009.jpg").unlink(),
+                                 "1 of 92 images, the first is 000009.jpg"),
+    "an image that is cut": (lambda root: os.truncate(root / IMAGES / IMAGES / "000009.jpg", 300),
+                             "1 of 92 images are broken, the first is"),
+    "an image that is a page": (lambda root: (root / IMAGES / IMAGES / "000009.jpg").write_text("<html>"), "are broken"),
+    "two copies": (lambda root: [shutil.copytree(root, root / name, ignore=shutil.ignore_patterns("a", "b"))
+                                 for name in "ab"] and (root / f"{ATTR}.txt").unlink(), "contains 2 copies"),
+}
+
+
+@pytest.mark.parametrize("case", CELEBA)
+def test_a_faulty_celeba_is_a_one_line_error(tmp_path, case):
+    spoil, message = CELEBA[case]
+    spoil(celeba(tmp_path / "c"))
+    run("data/prepare.py", "celeba", "--root", tmp_path / "c", "--out", tmp_path / "o", fails=message)
+    assert not (tmp_path / "o").exists()
+
+
+CSV = {  # the same for Kaggle's csv files
+    "no image_id": (ATTR, lambda text: text.replace("image_id", "image"), "has no column 'image_id'; it has 'image'"),
+    "no Male": (ATTR, lambda text: text.replace("Male", "male"), "--attribute Male: is not a column of"),
+    "semicolons": (ATTR, lambda text: text.replace(",", ";"), "has no column 'image_id'; it has 'image_id;"),
+    "a header alone": (ATTR, lambda text: text.splitlines()[0] + "\n", "has no rows"),
+    "a column twice": (ATTR, lambda text: text.replace("Attribute_0", "Male"), "has 2 columns named 'Male'"),
+    "a short row": (ATTR, lambda text: text.replace(",-1\n", "\n", 1), "has more or fewer fields than the header"),
+    "no partition": (PART, lambda text: text.replace("partition", "split"), "has no column 'partition'"),
+    "a page": (PART, lambda text: "<html>quota exceeded</html>", "has no column 'image_id'"),
+    "nothing": (PART, lambda text: "", "has no column 'image_id'"),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_a_faulty_csv_of_celeba_is_a_one_line_error(tmp_path, case):
+    name, change, message = CSV[case]
+    path = celeba(tmp_path / "c", kaggle=True) / f"{name}.csv"
+    path.write_text(change(path.read_text().replace("\r\n", "\n")))
+    run("data/prepare.py", "celeba", "--root", tmp_path / "c", "--out", tmp_path / "o", fails=message)
+
+
+@pytest.mark.parametrize("ending", ("\r\n", "\n\n\n"))
+def test_celeba_is_read_whatever_its_line_endings(tmp_path, ending):
+    for path in celeba(tmp_path / "c").glob("*.txt"):
+        path.write_bytes(path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n" if "\r" in ending else b"\n")
+                         + ending.encode())
+    run("data/prepare.py", "celeba", "--root", tmp_path / "c", "--out", tmp_path / "o")
+    assert sum(counts_of(tmp_path / "o").values()) == sum(GROUPS.values())
+
+
+ODD_FACES = ("1_0_2017.jpg", "1_0_0_.jpg", "1_2_0_2017.jpg", "1_0_5_2017.jpg", "1000_0_0_2017.jpg", "-1_0_0_2017.jpg",
+             "1.5_0_0_2017.jpg", "a_0_0_2017.jpg", "1_0_0_2017.jpg.jpg", " 1_0_0_2017.jpg", "1_0_0_2017 (1).jpg",
+             "._1_0_0_2017.jpg", "1-0-0-2017.jpg", "１_0_0_2017.jpg", "1_0_0_2017.chip.jpg")
+
+
+@pytest.mark.parametrize("name", ODD_FACES)
+def test_a_face_with_a_malformed_name_is_skipped_and_listed(tmp_path, name):
+    for good in ("1_0_0_20170101.jpg", "30_1_0_20170102.jpg.chip.jpg", "30_0_0_20170103.JPG", "2_1_4_20170104.jpg"):
+        picture(tmp_path / "u" / good, 0, 0, 9)
+    picture(tmp_path / "u" / name, 0, 0, 9)
+    text = run("data/prepare.py", "utkface", "--root", tmp_path / "u", "--out", tmp_path / "o")
+    assert "skipped 1 files" in text and name in text
+    assert len(imagefolder.read_metadata(tmp_path / "o")) == 4
+
+
+@pytest.mark.parametrize("flags, message", (
+    (("--bins", "0-5", "3-10"), "--bins: overlap"), (("--bins", "5"), "--bins"), (("--bins", "9-3"), "--bins"),
+    (("--bins", "100-116"), "does not contain any image"), (("--attribute", "hair"), "--attribute hair: is not in UTKFace"),
+))
+def test_faulty_bins_and_attributes_of_utkface_are_one_line_errors(tmp_path, flags, message):
+    picture(tmp_path / "u" / "1_0_0_20170101.jpg", 0, 0, 9)
+    run("data/prepare.py", "utkface", "--root", tmp_path / "u", *flags, "--out", tmp_path / "o", fails=message)
+
+
 def test_leading_blanks_of_names_are_kept_and_of_labels_ignored(tmp_path):
     root = own(tmp_path / "mine", "file_name,y,a,split\n z.png, 1, 0,train\nx.png,0,0,train\n")
     run("data/prepare.py", "folder", "--root", root, *CAPTIONS, "--out", tmp_path / "o")

@@ -174,6 +174,9 @@ def test_edited_and_lost_files_of_the_data_and_of_results_are_noticed_and_made_a
     assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(house))
     images[0].write_bytes(images[1].read_bytes())
     images[2].unlink()
+    (run / "results" / "results.csv").write_text("edited")
+    (run / "images" / "config.json").write_text("{")
+    assert "images" in would_run(house)
     assert "data/prepare.py digits" in make(house, "-n") and {"clusters", "classifiers/vanilla"} <= set(would_run(house))
     make(house)
     assert files_of(house / "runs", but=SECONDS) == before and would_run(house) == []
@@ -201,6 +204,25 @@ def test_dropped_weights_are_trained_again_only_when_images_are_missing(house):
     assert {"models/lora", "synthetic/lora"} <= set(would_run(house, "KEEP_WEIGHTS=no", "IMAGES=4"))
     make(house)
     assert list(lora.rglob("*.safetensors")) and would_run(house) == []
+
+
+def test_another_clip_is_noticed_by_what_reads_it(house):
+    config = house / "base" / "miniature" / "clip" / "config.json"
+    stat, before = config.stat(), config.read_text()
+    config.write_text(before + " ")
+    assert {"clusters", "synthetic/vanilla", "images"} <= set(would_run(house))
+    config.write_text(before)
+    os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert would_run(house) == []
+
+
+def test_edited_labels_are_noticed(house):
+    table = house / "data" / "digits-0.95" / "metadata.csv"
+    stat, before = table.stat(), table.read_text()
+    table.write_text(before.replace(",train,0,", ",train,1,", 1))
+    assert "data/prepare.py digits" in make(house, "-n")
+    table.write_text(before)
+    os.utime(table, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_other_pretraining_or_a_lost_file_of_the_base_makes_it_again(house):
@@ -236,7 +258,8 @@ def test_an_edited_comment_retrains_nothing(house):
     ("RECIPIES=erm", "RECIPIES: no such setting (did you mean RECIPES?"),
     ("GENERATE=--clip-treshold 0.2", "generate.py: error: unrecognized arguments: --clip-treshold 0.2"),
     ("CLASSIFIER=--arch vgg", "train_classifier.py: error: argument --arch: invalid choice: 'vgg'"),
-    ("K=many", "cluster.py: error: argument --k"),
+    ("K=many", "cluster.py: error: argument --k"), ("EPOCHS=many", "train_classifier.py: error: argument --epochs"),
+    ("LORA=--rank 0", "finetune.py: error: argument --rank: 0 is not between"), ("IMAGES=", "generate.py: error: argument --images"),
 ))
 def test_an_invalid_setting_ends_before_anything_runs(house, setting, message):
     before = files_of(house / "runs", but=())
@@ -244,6 +267,11 @@ def test_an_invalid_setting_ends_before_anything_runs(house, setting, message):
     errors = run_make(house, *tiny, setting, fails=message)
     assert len([line for line in errors.splitlines() if "rror" in line or "***" in line]) <= 2
     assert files_of(house / "runs", but=()) == before and not (house / "data" / "digits-95").exists()
+
+
+def test_a_download_that_is_not_there_is_told_before_anything_runs(house):
+    run_make(house, "DATASET=waterbirds", "ROOT=/nowhere", fails="prepare.py: error: --root /nowhere: is not a folder (https")
+    assert not (house / "data" / "waterbirds-natural").exists()
 
 
 def test_the_same_settings_in_another_form_are_the_same_run(house):
