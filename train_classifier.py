@@ -244,7 +244,7 @@ def main(argv=None):
     everything = [row for part in (*rows.values(), synthetic) for row in part]
     groups = list(imagefolder.group_counts(everything))
     classes = 1 + max(row["y"] for row in everything)
-    report_absent(rows, synthetic, classes)
+    print(*imagefolder.absent(rows, synthetic, classes), sep="", end="")
     for y in range(classes) if phases[-1].images == "val" else ():
         if sum(row["y"] == y for row in rows["val"]) < 2:
             raise InputError(args.data, f"has too few val images of class {y} for {args.recipe}", "add some")
@@ -325,20 +325,6 @@ def parse(argv=None):
     if args.arch == "cnn" and args.weights != "none":
         raise InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet18 or resnet50")
     return args
-
-
-def report_absent(rows, synthetic, classes):
-    """Prints what training and model selection lack: classes without any image, and groups without val images."""
-    seen = {row["y"] for row in (*rows["train"], *synthetic)}
-    empty = [y for y in range(classes) if y not in seen]
-    if empty:
-        print(f"note: no training images of class {', '.join(map(str, empty))}; labels start at 0 and have no gaps")
-    groups = imagefolder.group_counts(row for part in rows.values() for row in part)
-    absent = [group for group in groups if group not in imagefolder.group_counts(rows["val"])]
-    if absent:
-        titles = imagefolder.group_titles(row for part in rows.values() for row in part)
-        print(f"note: no val images of {', '.join(titles[group] for group in absent)}; epochs are chosen by the worst of "
-              f"{len(groups) - len(absent)} of {len(groups)} groups")
 
 
 def publish_seed(path, model, splits, log, args, key, seed, begin):
