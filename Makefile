@@ -110,7 +110,7 @@ $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(file <$(RUN)/.checked)|
 # ---- what you type ----------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
 all: $(RUN)/results/report.html
-	@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/results/cost.md) && echo "Report: $<"
+	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/results/cost.md) && echo "Report: $<")
 sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
 	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
