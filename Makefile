@@ -37,7 +37,6 @@ compositional.finetune  = --method dreambooth --per dataset --data $(RUN)/modes 
 prior                   = --prior $(RUN)/synthetic/vanilla
 clusters.cluster        = --k $(K)
 modes.cluster           = --within class --k $(MODES)
-
 # ---- the commands, in the order in which data flows; $1 is a method or a recipe ---------------------------------
 PY       = .venv/bin/python
 DATA     = data/$(DATASET)-$(BIAS)
@@ -46,13 +45,13 @@ run_of   = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$1))
 SEED     = --seed $(firstword $(MODEL_SEEDS))
 prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
 pretrain = base/pretrain.py $(PRETRAIN)
-cluster  = cluster.py --data $(DATA) --clip $(CLIP) $(SEED) $(CLUSTER) $($1.cluster)
-finetune = finetune.py --base $(BASE) $(SEED) $($1.finetune)
-generate = generate.py --base $(BASE) --clip $(CLIP) --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) $($1.generate) \
+cluster  = cluster.py --data $(DATA) --clip "$(CLIP)" $(SEED) $(CLUSTER) $($1.cluster)
+finetune = finetune.py --base "$(BASE)" $(SEED) $($1.finetune)
+generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) $($1.generate) \
   $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
 classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
   --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
-measure  = evaluation/images.py --data $(DATA) --clip $(CLIP) --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
+measure  = evaluation/images.py --data $(DATA) --clip "$(CLIP)" --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%) --images $(RUN)/images)
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
@@ -65,10 +64,10 @@ DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
 # (its script, shared code, the folders among its flags, or the command). $$ delays expansion until $*, its name, is known.
 needs = $(firstword $1) $(filter-out common/make.py,$(wildcard common/*.py)) $(call other,$1) \
   $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1) $(if $(findstring base/miniature,$1),base/miniature))
-other = $(if $(subst |$(strip $1)|,,|$(file <$(@D)/command)|),FORCE)
+other = $(if $(subst |$(strip $1)|,,|$(strip $(file <$(@D)/command))|),FORCE)
 define run
-$(if $(filter-out 1,$(SHARDS)),$(if $(filter finetune.py generate.py train_classifier.py,$1),seq 0 $$(($(SHARDS) - 1)) | \
-  xargs -P $(SHARDS) -I {} $(LAUNCH) $(PY) $(strip $1) --out $(@D) --shard {}/$(SHARDS)))
+$(if $(filter-out 1,$(SHARDS)),$(if $(filter finetune.py generate.py train_classifier.py,$1),trap 'kill $$(jobs -p)' INT TERM; \
+  for i in $$(seq 0 $$(($(SHARDS) - 1))); do $(LAUNCH) $(PY) $(strip $1) --out $(@D) --shard $$i/$(SHARDS) & done; wait))
 $(LAUNCH) $(PY) $(strip $1) --out $(@D)
 $(if $(dry),,@printf '%s\n' $(call quoted,$(strip $1)) > $(@D)/command)
 endef
@@ -91,7 +90,8 @@ $(RUN)/images/config.json: $$(call needs,$$(measure))
 	$(call run,$(measure))
 $(RUN)/results/config.json: evaluation/figures.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
-$(RUN)/results/report.html: $(wildcard evaluation/report.* $(RUN)/ablations/*/config.json) $(RUN)/results/config.json
+$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json $(if $(shell \
+  find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)
 	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
 $(STALE:%=%/config.json): FORCE
 .SECONDARY: $(METHODS:%=$(RUN)/models/%/config.json) # dropped weights are trained again only when they are needed
@@ -102,9 +102,9 @@ classifiers = $(1:%=$(RUN)/classifiers/%) $(foreach s,$(OTHERS),$(foreach r,$1,$
 $(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: $(RUN)/images/config.json FORCE; \
   +@$$(MAKE) --no-print-directory MODEL_SEEDS=$s $$(addsuffix /config.json,$$(call theirs,$s))))
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours of fine-tuning.
-COMMANDS = $(prepare) @$(pretrain) @$(call cluster,clusters) $(foreach m,$(DRAWN),@$(call generate,$m) $(if $($m.finetune),@$(call \
-  finetune,$m))) $(foreach r,$(RECIPES),@$(call classify,$r)) @$(evaluate) $(if $(DRAWN),@$(measure))
-$(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(file <$(RUN)/.checked)|),FORCE) | .venv/installed
+COMMANDS = $(prepare) @@ $(pretrain) @@ $(call cluster,clusters) $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune), \
+  @@ $(call finetune,$m))) $(foreach r,$(RECIPES),@@ $(call classify,$r)) @@ $(evaluate) $(if $(DRAWN),@@ $(measure))
+$(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.checked))|),FORCE) | .venv/installed
 	$(if $(dry),,@$(PY) common/make.py check $@ $(call quoted,$(strip $(COMMANDS))))
 
 # ---- what you type ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def group_clusters(embeddings, k, k_max, min_size, seed):
     """
     from sklearn.metrics import silhouette_score  # slow to import
 
-    largest = min(k_max if k == "auto" else k, len(embeddings) // min_size)
+    largest = min(k_max if k == "auto" else k, len(embeddings) // min_size, len(embeddings) - 1)
     candidates = [kmeans(embeddings, n, min_size, seed) for n in (range(2, largest + 1) if k == "auto" else [largest])
                   if n > 1]
     candidates = [labels for labels in candidates if labels.max() > 0]

@@ -146,6 +146,8 @@ def read_recipes(args):
     names, predictions, tested, trained = [path.name for path in args.classifiers], {}, None, {}
     for recipe in args.classifiers:
         run = f"{recipe.resolve().parent.parent.name}/" if names.count(recipe.name) > 1 else ""
+        if (recipe / ".stage").is_file() and not (recipe / "config.json").is_file():
+            raise InputError(recipe, "is not finished", "run train_classifier.py for this recipe again")
         seeds = sorted((path for path in recipe.glob("seed*") if path.name[4:].isdigit()),
                        key=lambda path: int(path.name[4:]))
         if not seeds:

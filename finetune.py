@@ -205,7 +205,7 @@ def main(argv=None):
     imagefolder.group_prompts(imagefolder.read_metadata(args.data))  # raises if a group has several captions
     if args.per == "cluster" and "cluster" not in rows[0]:
         raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the OUT of cluster.py")
-    for row in rows:  # the cluster becomes a part of a folder's name
+    for row in rows if args.per != "group" else ():  # the cluster becomes a part of a folder's name
         imagefolder.as_label(args.data / "metadata.csv", "cluster", row.get("cluster", "0"))
     prior_rows = imagefolder.read_metadata(args.prior, "train") if args.prior else []
     titles = imagefolder.group_titles(rows)
@@ -221,6 +221,7 @@ def main(argv=None):
                                 imagefolder.digest(args.data, unit.rows),
                                 imagefolder.digest(args.prior, unit.prior_rows) if args.prior else None)
     shard, shards = args.shard
+    stage.claim(args, [unit.name for unit in units[shard::shards]])
     todo = [unit for unit in units[shard::shards] if not stage.is_published(args.out / unit.name, unit.key)]
     imagefolder.check_images(args.data, [row for unit in todo for row in unit.rows])  # now, not after hours of training
     failures = train_units(todo, units, base, args) if todo else []

@@ -175,6 +175,7 @@ def main(argv=None):
     for draw in draws:
         draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["trained"])
     shard, shards = args.shard
+    stage.claim(args, [draw["name"] for draw in draws[shard::shards]])
     todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw)]
     if todo:
         for draw in todo:
@@ -220,7 +221,10 @@ def parse(argv=None):
     models.add_device_flags(parser)
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.drop_weights and not args.models:
+        raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
+    return args
 
 
 def is_filled(path, draw):

@@ -254,6 +254,7 @@ def main(argv=None):
     key = files.digest(stage.settings_of(args, "seeds"), digests, files.model_digest(args.weights),
                        stage.code_digest(__file__, classifiers.__file__, imagefolder.load_image, stage.seed_of))
     shard, shards = args.shard
+    stage.claim(args, [f"seed{seed}" for seed in args.seeds[shard::shards]])
     todo = [seed for seed in args.seeds[shard::shards] if not stage.is_published(args.out / f"seed{seed}", key)]
     if todo:
         device = models.pick_device(args.device)
@@ -290,7 +291,7 @@ def parse(argv=None):
     parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--synthetic", type=Path, help="synthetic images: output folder of generate.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the seeds to")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one classifier each")
+    parser.add_argument("--seeds", type=stage.number(int, 0), nargs="+", default=[0, 1, 2], help="one classifier each")
     parser.add_argument("--arch", choices=("cnn", "resnet18", "resnet50"), default="cnn", help="cnn: for 32 pixels")
     parser.add_argument("--weights", default="none", help="initial weights of a resnet: imagenet, none, or a "
                         ".safetensors file")

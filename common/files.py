@@ -153,20 +153,24 @@ def model_digest(model):
 def listing(path):
     """A digest of the names, sizes and modification times below a folder (or of one file); None if there is nothing.
 
-    Quick, as no file is opened. Links are not followed; hidden files and what is written after a stage has finished
-    (config.json, command and report.html at the top) do not count.
+    Quick, as no file is opened. Links in what a stage made are not followed, those in a user's folder are. Hidden files and
+    what is written after a stage has finished (config.json, command and report.html at the top) do not count.
     """
     if not os.path.isdir(path):
         return digest([os.stat(path).st_size, os.stat(path).st_mtime_ns]) if os.path.isfile(path) else None
-    found, folders = [], [str(path)]
+    follow = not os.path.isfile(os.path.join(path, ".stage"))
+    found, folders, seen = [], [str(path)], set()
     while folders:
         folder = folders.pop()
+        if os.path.realpath(folder) in seen:
+            continue  # links in a circle
+        seen.add(os.path.realpath(folder))
         for entry in os.scandir(folder):
             if entry.name.startswith(".") or folder == str(path) and entry.name in LATER:
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=follow):
                 folders.append(entry.path)
             else:
-                stat = entry.stat(follow_symlinks=False)
+                stat = entry.stat(follow_symlinks=follow and os.path.exists(entry.path))
                 found.append([entry.path[len(str(path)):], stat.st_size, stat.st_mtime_ns])
     return digest(sorted(found))

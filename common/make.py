@@ -49,7 +49,7 @@ def settings(overrides, *values):
         if sys.version_info < (3, 11):
             raise Wrong(f"PYTHON is Python {sys.version.split()[0]}; 3.11 or later is needed")
         check_names(overrides)
-        settled = settle({name: value.replace(",", " ") for name, value in given.items()})
+        settled = settle({name: value.replace(",", " ") for name, value in given.items()}, overrides)
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
         goals = set(given["MAKECMDGOALS"].split())
@@ -74,16 +74,20 @@ def check_names(overrides):
             raise Wrong(f"{name}: no such setting ({f'did you mean {close[0]}? ' if close else ''}see make help)")
 
 
-def settle(values):
+def settle(values, overrides=""):
     """The settings in one form; raises Wrong, naming the choices, if one is invalid."""
     datasets = sorted(path.stem for path in Path("data").glob("*.mk"))
     if values["DATASET"] not in datasets:
         raise Wrong(f"DATASET={values['DATASET']}: no such dataset (use one of {', '.join(datasets)}, or copy "
                     "data/folder.mk to a name of your own)")
+    for name in ("BIAS", "BIASES", "RECIPES"):
+        if not values[name].split():
+            raise Wrong(f"{name} is empty: see make help")
     biases = [one_bias(text) for text in values["BIAS"].split()]
     if len(biases) > 1 and "sweep" not in values["MAKECMDGOALS"].split():
         raise Wrong(f"BIAS={values['BIAS']}: give one value (or run: make sweep BIAS=\"{values['BIAS']}\")")
-    several = biases if len(biases) > 1 else [one_bias(text) for text in values["BIASES"].split()]
+    chosen = len(biases) > 1 or "sweep" in values["MAKECMDGOALS"].split() and re.search(r"\bBIAS=", overrides)
+    several = biases if chosen else [one_bias(text) for text in values["BIASES"].split()]
     for name in ("SEEDS", "MODEL_SEEDS"):
         if not values[name].split() or not all(re.fullmatch(r"\d+", seed) for seed in values[name].split()):
             raise Wrong(f"{name}={values[name]}: give integers, for example {name}=\"0 1 2\"")
@@ -92,12 +96,20 @@ def settle(values):
     if values["KEEP_WEIGHTS"] not in ("yes", "no"):
         raise Wrong(f"KEEP_WEIGHTS={values['KEEP_WEIGHTS']}: use yes or no")
     recipes, methods, variants = known_recipes()
+    trained, drawn = (kind + [name for name, what in variants if (what == "recipe") == (kind is recipes)]
+                      for kind in (recipes, methods))
     for recipe in values["RECIPES"].split():
-        for word in recipe.split("+"):
-            if word not in recipes + methods + variants:
-                close = difflib.get_close_matches(word, recipes + methods + variants, 1)
-                raise Wrong(f"RECIPES: {word} is no recipe{f', did you mean {close[0]}?' if close else ''} (recipes: "
+        words = recipe.split("+")
+        for word in words:
+            if word not in trained + drawn:
+                close = difflib.get_close_matches(word, trained + drawn, 1)
+                raise Wrong(f"RECIPES: {word} is not a recipe{f', did you mean {close[0]}?' if close else ''} (recipes: "
                             f"{', '.join(recipes)}; methods: {', '.join(methods)}; or one of each, as filled+lora)")
+        if len(words) > 2 or len(words) == 2 and (words[0] in drawn) == (words[1] in drawn):
+            raise Wrong(f"RECIPES: {recipe}: combine one recipe and one method, as filled+lora")
+        redrawn = [word for word in words if (word, "generate") in variants]
+        if redrawn and values["KEEP_WEIGHTS"] == "no":
+            raise Wrong(f"KEEP_WEIGHTS=no: {redrawn[0]} needs the weights of clustered, use KEEP_WEIGHTS=yes")
     return {"BIAS": biases[0], "BIASES": unique(several), "RECIPES": unique(values["RECIPES"].split()),
             **{name: unique(str(int(seed)) for seed in values[name].split()) for name in ("SEEDS", "MODEL_SEEDS")},
             "DATASET": values["DATASET"]}
@@ -105,11 +117,8 @@ def settle(values):
 
 def one_bias(text):
     """`.950` -> `0.95`."""
-    try:
-        if text == "natural" or 0 <= float(text) <= 1:
-            return text if text == "natural" else f"{float(text):g}"
-    except ValueError:
-        pass
+    if text == "natural" or re.fullmatch(r"[0-9]*\.?[0-9]+|[0-9]+\.", text) and float(text) <= 1:
+        return text if text == "natural" else repr(float(text)).removesuffix(".0")
     raise Wrong(f"BIAS={text}: give a number from 0 to 1, for example 0.95, or natural")
 
 
@@ -118,14 +127,14 @@ def unique(words):
 
 
 def known_recipes():
-    """(recipes of train_classifier.py, generative methods, names of ablations), read from where they are defined."""
+    """(recipes of train_classifier.py, generative methods, [(name, kind)] of ablations), from where they are defined."""
     tree = ast.parse(Path("train_classifier.py").read_text(encoding="utf-8"))
     recipes = next(node.value for node in tree.body if isinstance(node, ast.Assign)
                    and getattr(node.targets[0], "id", None) == "RECIPES")
-    methods, variants = (re.findall(r"^([\w.-]+)\.(?:finetune|generate|recipe) *=", "\n".join(texts), re.M) for texts in (
+    methods, variants = (re.findall(r"^([\w.-]+)\.(finetune|generate|recipe) *=", "\n".join(texts), re.M) for texts in (
         [path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"))],
         [Path("evaluation/ablations.mk").read_text()]))
-    return [key.value for key in recipes.keys], ["vanilla", *methods], variants
+    return [key.value for key in recipes.keys], ["vanilla", *(name for name, _ in methods)], variants
 
 
 # ------------------------------------------------------------------------------------------- stale folders
@@ -142,7 +151,8 @@ def stale(tops):
 
     found = []
     for top in tops:
-        for path in sorted({Path(top) / "config.json", *Path(top).glob("*/config.json"), *Path(top).glob("*/*/config.json")}):
+        for path in sorted({Path(top) / "config.json", *Path(top).glob("[!.]*/config.json"),
+                            *Path(top).glob("[!.]*/[!.]*/config.json")}):
             config = files.read_json(path)
             if top == "base/miniature":  # an input that may be replaced: made again only if files are missing
                 if not all((path.parent / name).is_file() for name in config.get("names", [])):
@@ -166,14 +176,18 @@ def is_unfinished(path):
 
 
 def check(record, commands):
-    """Parses every command (they are separated by @) with its script's own parser, and records them if all are valid.
+    """Parses every command (they are separated by @@) with its script's own parser, and records them if all are valid.
 
     The first invalid flag is one line and status 2.
     """
     from common import stage  # here, as `settings` must not need it
 
-    for command in commands.split(" @"):
-        script, *flags = shlex.split(command)
+    for command in commands.split(" @@ "):
+        try:
+            script, *flags = shlex.split(command)
+        except ValueError as error:
+            print(f"{command.split()[0]}: error: flags: {error} (check the quotes in this setting)", file=sys.stderr)
+            return 2
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         if stage.call(module.parse, [*flags, "--out", "runs/.check"]) == 2:
             return 2

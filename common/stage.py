@@ -141,7 +141,7 @@ def call(main, argv=None):
         return _last_words(f"{script}: error: disk: {error} {RERUN}")
     finally:
         while _locks:
-            os.close(_locks.pop())
+            os.close(_locks.popitem()[1])
 
 
 def _last_words(line, status=2):
@@ -168,22 +168,29 @@ def end_at_ctrl_c():
 # ----------------------------------------------------------------------------------------------------- locks
 
 _script = [""]  # the name of the script that runs
-_locks = []  # file descriptors; the kernel releases their locks when the process ends, however it ends
+_locks = {}  # {path of a lock: file descriptor}; the kernel releases locks when the process ends, however it ends
 
 
 def begin(args):
     """Locks OUT for writing and the inputs for reading; returns the inputs' state, for finish().
 
-    Raises InputError if another process is writing one of them, or reading OUT. Shards lock a part of OUT each.
+    Raises InputError if another process is writing one of them, or reading OUT. A shard locks its units: see claim().
     """
-    i, n = getattr(args, "shard", (0, 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    _lock(args.out, fcntl.LOCK_EX, *((i, 1) if n > 1 else (0, 0)))
+    if getattr(args, "shard", (0, 1))[1] == 1:
+        _lock(args.out, fcntl.LOCK_EX)
     inputs = sorted(set(map(str, _given_paths(args))))
     for path in inputs:
         if lock_of(path).is_file():
-            _lock(path, fcntl.LOCK_SH, 0, 0)
+            _lock(path, fcntl.LOCK_SH)
     return {path: files.listing(path) for path in inputs}
+
+
+def claim(args, units):
+    """Locks the units of a shard. Raises InputError if another process is at work on one, or on OUT as a whole."""
+    if args.shard[1] > 1:
+        for unit in units:
+            _lock(args.out, fcntl.LOCK_EX, seed_of(unit) % 2**31, 1)
 
 
 def lock_of(path):
@@ -191,13 +198,16 @@ def lock_of(path):
     return path.with_name(f".{path.name}.lock")
 
 
-def _lock(path, kind, start, length):
+def _lock(path, kind, start=0, length=0):
+    """Locks `length` bytes (0: all) of the lock of `path`."""
+    lock = lock_of(path)
     try:
-        _locks.append(os.open(lock_of(path), os.O_RDWR | os.O_CREAT if kind == fcntl.LOCK_EX else os.O_RDONLY, 0o666))
+        if lock not in _locks:
+            _locks[lock] = os.open(lock, os.O_RDWR | os.O_CREAT if kind == fcntl.LOCK_EX else os.O_RDONLY, 0o666)
     except OSError:
         return  # a folder that cannot be written: whoever writes there is told so
     try:
-        fcntl.lockf(_locks[-1], kind | fcntl.LOCK_NB, length, start)
+        fcntl.lockf(_locks[lock], kind | fcntl.LOCK_NB, length, start)
     except (BlockingIOError, PermissionError):
         raise InputError(path, "is in use by another process", "wait for it to finish, or stop it") from None
     except OSError:

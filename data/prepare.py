@@ -48,6 +48,7 @@ SOURCES = {
     "celeba": "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or Kaggle's jessicali9530/celeba-dataset",
     "utkface": "https://susanqq.github.io/UTKFace, the aligned and cropped faces, unpacked",
 }
+OF_STAGES = ("cluster", "unit", "seed", "clip_score", "prompt")  # columns that later stages add
 WATERBIRDS = {"y0-a0": 3498, "y0-a1": 184, "y1-a0": 56, "y1-a1": 1057}  # training images as published
 
 # ------------------------------------------------------------------------------- the datasets
@@ -130,6 +131,7 @@ def own_folder(args):
     val, 20 % test."""
     path = find(args, "metadata.csv", "metadata.jsonl")
     rows = (read_jsonl if path.suffix == ".jsonl" else read_csv)(path, ("file_name", "y", "a"))
+    rows = [{f"own_{name}" if name in OF_STAGES else name: value for name, value in row.items()} for row in rows]
     top = 1 if path.suffix == ".jsonl" else 2
     for line, row in enumerate(rows, top):
         row.update(y=label(path, line, "y", row), a=label(path, line, "a", row))

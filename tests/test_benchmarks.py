@@ -9,7 +9,7 @@ import pytest
 from conftest import make, new_house, run, slow
 from PIL import Image, ImageDraw
 
-from common import imagefolder
+from common import files, imagefolder
 
 GROUPS = {(0, 0): 24, (0, 1): 6, (1, 0): 6, (1, 1): 24}
 
@@ -443,6 +443,21 @@ def test_labels_from_one_are_reported(tmp_path):
     root = own(tmp_path / "mine", "file_name,y,a,split,text\nx.png,1,1,train,one\ny.png,2,1,train,two\n")
     text = run("data/prepare.py", "folder", "--root", root, "--out", tmp_path / "o")
     assert "column y has the values [1, 2]: no image of class 0" in text
+
+
+def test_columns_that_stages_add_are_kept_under_another_name(tmp_path):
+    root = own(tmp_path / "mine", "file_name,y,a,split,cluster\nx.png,0,0,train,north\ny.png,1,1,train,south\n")
+    run("data/prepare.py", "folder", "--root", root, *CAPTIONS, "--out", tmp_path / "o")
+    assert [row["own_cluster"] for row in imagefolder.read_metadata(tmp_path / "o")] == ["north", "south"]
+
+
+def test_an_edit_behind_a_link_in_the_download_is_noticed(tmp_path):
+    root = celeba(tmp_path / "c")
+    (root / IMAGES).rename(tmp_path / "disk")
+    (root / IMAGES).symlink_to(tmp_path / "disk")
+    before = files.listing(root)
+    (tmp_path / "disk" / IMAGES / "000001.jpg").write_bytes(b"edited")
+    assert files.listing(root) != before
 
 
 def test_an_edited_download_is_prepared_again_and_an_unchanged_one_kept(tmp_path):

@@ -28,6 +28,10 @@ def test_no_cluster_is_smaller_than_the_least_size():
         assert np.bincount(group_clusters(points, k, 6, 5, 0)).min() >= 5
 
 
+def test_more_clusters_than_images_are_not_tried():
+    assert len(group_clusters(blobs(3, 2)[0], "auto", 5, 1, 0)) == len(group_clusters(blobs(3, 2)[0], 5, 5, 1, 0)) == 5
+
+
 @pytest.mark.parametrize("size", (1, 2, 9))
 def test_a_group_too_small_to_split_stays_whole(size):
     assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size

@@ -107,6 +107,18 @@ def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path
     assert files_of(tmp_path / "out") == files_of(lora)
 
 
+def test_shards_of_another_number_that_own_the_same_unit_are_refused(base, dataset, tmp_path):
+    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--out", tmp_path / "out")
+    process = start(*args, "--shard", "1/2", "--checkpoint-every", 1, stdout=-1, stderr=-1)
+    while not checkpointed(tmp_path / "out" / ".y0-a1.partial" / "loss.csv"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    run(*args, "--shard", "1/4", fails="out: is in use by another process")  # y0-a1 as well
+    run(*args, fails="out: is in use by another process")
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.parametrize("more", (("--method", "lora"),) + (("--method", "dreambooth", "--ema-decay", 0.9),) * LONG)
 def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4})

@@ -173,4 +173,5 @@ def test_a_unit_without_a_share_is_not_drawn(base, dataset, command, tmp_path):
 
 def test_invalid_input_is_a_one_line_error(command, tmp_path):
     run(*command, "--models", tmp_path, "--out", tmp_path / "v", fails="config.json: not found")
+    run(*command, "--drop-weights", "--out", tmp_path / "v", fails="--drop-weights: the base model draws")
     assert not (tmp_path / "v" / "metadata.csv").exists()

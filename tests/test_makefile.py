@@ -88,7 +88,7 @@ def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
     before = files_of(lora)
     shutil.rmtree(lora)
     text = make(house, "SHARDS=2", "LAUNCH=nice", "-j2", str(lora.relative_to(house) / "config.json"))
-    assert "xargs -P 2 -I {} nice .venv/bin/python finetune.py" in text and "--shard {}/2" in text
+    assert "do nice .venv/bin/python finetune.py" in text and "--shard $i/2 &" in text
     assert files_of(lora) == before
 
 
@@ -104,7 +104,7 @@ def test_an_unfinished_stage_resumes_to_the_same_bytes(house):
 
 def test_other_model_seeds_would_be_runs_of_their_own(house):
     text = make(house, "-n", "MODEL_SEEDS=0 1", "RECIPES=erm lora")
-    assert "finetune.py --base base/miniature --seed 1" in text and "--out runs/digits-0.95-seed1/models/lora" in text
+    assert 'finetune.py --base "base/miniature" --seed 1' in text and "--out runs/digits-0.95-seed1/models/lora" in text
     assert "runs/digits-0.95/classifiers/lora runs/digits-0.95-seed1/classifiers/lora" in text
 
 
@@ -131,7 +131,7 @@ def test_a_sweep_makes_the_results_of_every_bias_and_puts_them_side_by_side(hous
     assert "evaluation/sweep.py --results runs/digits-0.9/results runs/digits-0.99/results --out runs/digits-sweep" in text
     assert not (house / "data" / "digits-0.9").exists()
     text = make(house, "-n", "sweep", "BIAS=0.9", "MODEL_SEEDS=1", "RECIPES=erm")
-    assert "--results runs/digits-0.9-seed1/results" in text or "--results runs/digits-0.5-seed1/results" in text
+    assert "--results runs/digits-0.9-seed1/results --out runs/digits-sweep" in text
 
 
 def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(house):
@@ -148,6 +148,20 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(ho
             f"classifiers/{recipe}+clustered"]
     assert "--classifiers runs/digits-0.95/classifiers/clustered runs/digits-0.95/classifiers/clustered-no-prior " in \
         made["ablations/prior"] + " "
+
+
+def test_what_make_has_done_it_does_not_plan_again(house, tmp_path):
+    """Make compares each command with the one that a folder was made by, whatever its length."""
+    house = shutil.copytree(house, tmp_path / "house", symlinks=True, ignore=shutil.ignore_patterns("runs"))
+    for args in (["ablate"], ["BIAS=0.99"], ["RECIPES=clustered-k1 clustered-k2 clustered"]):
+        for _ in range(3):
+            lines = [line for line in run_make(house, "-n", *args).splitlines() if " --out " in line]
+            for line in lines:  # as if it had been done
+                script, out = line.split(".venv/bin/python ")[1].split(" --out ")
+                (house / out).mkdir(parents=True, exist_ok=True)
+                (house / out / ("command" if out[-5:] != ".html" else "x")).write_text(script + "\n")
+                (house / out / "config.json").write_text("{}")
+        assert not [line for line in lines if "report" not in line], args
 
 
 def test_a_folder_that_another_process_writes_is_refused_while_that_process_lives(house):
@@ -248,13 +262,16 @@ def test_an_edited_comment_retrains_nothing(house):
 
 
 @pytest.mark.parametrize("setting, message", (
-    ("RECIPES=lora lroa", "RECIPES: lroa is no recipe, did you mean lora? (recipes: erm, "),
-    ("RECIPES=erm lora+vanlla", "RECIPES: vanlla is no recipe, did you mean vanilla?"),
+    ("RECIPES=lora lroa", "RECIPES: lroa is not a recipe, did you mean lora? (recipes: erm, "),
+    ("RECIPES=erm lora+vanlla", "RECIPES: vanlla is not a recipe, did you mean vanilla?"),
     ("DATASET=birds", "DATASET=birds: no such dataset (use one of celeba, digits, folder, utkface, waterbirds"),
     ("BIAS=95", "BIAS=95: give a number from 0 to 1"), ("BIAS=high", "BIAS=high: give a number from 0 to 1"),
     ("BIAS=0.9 0.99", 'BIAS=0.9 0.99: give one value (or run: make sweep BIAS="0.9 0.99")'),
     ("SEEDS=0 one", 'SEEDS=0 one: give integers, for example SEEDS="0 1 2"'), ("MODEL_SEEDS=-1", "MODEL_SEEDS=-1: give"),
     ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("SHARDS=0", "SHARDS=0: give a positive integer"),
+    ("RECIPES=lora+clustered", "RECIPES: lora+clustered: combine one recipe and one method, as filled+lora"),
+    ("RECIPES=", "RECIPES is empty"), ("BIAS=", "BIAS is empty"), ("BIAS=-0", "BIAS=-0: give a number"),
+    ("PREPARE=--classes dog's wolf", "data/prepare.py: error: flags: No closing quotation (check the quotes in this setting)"),
     ("RECIPIES=erm", "RECIPIES: no such setting (did you mean RECIPES?"),
     ("GENERATE=--clip-treshold 0.2", "generate.py: error: unrecognized arguments: --clip-treshold 0.2"),
     ("CLASSIFIER=--arch vgg", "train_classifier.py: error: argument --arch: invalid choice: 'vgg'"),
