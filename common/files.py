@@ -166,7 +166,7 @@ def listing(path):
             continue  # links in a circle
         seen.add(os.path.realpath(folder))
         for entry in os.scandir(folder):
-            if entry.name.startswith(".") or folder == str(path) and entry.name in LATER:
+            if entry.name.startswith(".") or not follow and folder == str(path) and entry.name in LATER:
                 continue
             if entry.is_dir(follow_symlinks=follow):
                 folders.append(entry.path)

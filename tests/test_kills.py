@@ -248,6 +248,9 @@ def soak(count, base, place):
         for i in range(1, count // 4):
             os.link(unit / "00000.png", unit / f"{i:05}.png")
         files.write_csv(unit / "candidates.csv", [dict(row, index=i) for i in range(count // 4)])
+        config = files.read_json(unit / "config.json")
+        names = sorted(path.name for path in unit.iterdir() if path.name != "config.json")
+        files.write_json(unit / "config.json", config | {"files": files.file_digests(unit, names)})
     spent["generate"] = measured(*drawing, count // 4)
     assert len(imagefolder.read_metadata(out / "synthetic")) == count // 4 * 4
     spent["classifier"] = measured("train_classifier.py", "--recipe", "filled", "--data", data, "--synthetic",
