@@ -151,7 +151,7 @@ def read_recipes(args):
         seeds = sorted((path for path in recipe.glob("seed*") if path.name[4:].isdigit()),
                        key=lambda path: int(path.name[4:]))
         if not seeds:
-            raise InputError(recipe, "contains no seed", "point --classifiers to the OUTs of train_classifier.py")
+            raise InputError(recipe, "contains no seed", "point --classifiers to output folders of train_classifier.py")
         trained[recipe] = files.read_json(recipe / "config.json").get("digests", {}).get("data")
         other = next((path for path in trained if trained[path] != trained[recipe]), None)
         if other:

@@ -204,7 +204,7 @@ def main(argv=None):
     rows = imagefolder.read_metadata(args.data, "train")
     imagefolder.group_prompts(imagefolder.read_metadata(args.data))  # raises if a group has several captions
     if args.per == "cluster" and "cluster" not in rows[0]:
-        raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the OUT of cluster.py")
+        raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the output folder of cluster.py")
     for row in rows if args.per != "group" else ():  # the cluster becomes a part of a folder's name
         imagefolder.as_label(args.data / "metadata.csv", "cluster", row.get("cluster", "0"))
     prior_rows = imagefolder.read_metadata(args.prior, "train") if args.prior else []

@@ -122,7 +122,7 @@ def read_models(args):
     """The draws that finetune.py recorded in MODELS/config.json. Raises InputError unless they fit --base."""
     path = args.models / "config.json"
     if not path.is_file():
-        raise InputError(path, "not found", "point --models to the OUT of a finished finetune.py")
+        raise InputError(path, "not found", "point --models to the output folder of a finished finetune.py")
     config = files.read_json(path)
     try:
         for draw in config["draws"]:  # unit and suffix become names of folders

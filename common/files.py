@@ -28,7 +28,7 @@ def read_csv(path, todo="run the stage that wrote it again"):
         with open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, strict=True))
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(path, f"cannot be read: {error}", todo) from None
+        raise InputError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}", todo) from None
 
 
 def write_csv(path, rows, columns=None):
@@ -96,6 +96,12 @@ def _remove_doomed(path):
     doomed = path.with_name(f".{path.name.lstrip('.')}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     return doomed
+
+
+def lock_of(path):
+    """The file beside a folder whose lock a process holds while it writes or reads the folder (see stage.begin)."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.lock")
 
 
 def is_left_over(path):

@@ -223,7 +223,7 @@ def progress(folder):
 def is_locked(folder):
     """Whether a process is writing a folder (see common/stage.py)."""
     try:
-        with open(folder.with_name(f".{folder.name}.lock")) as file:
+        with open(files.lock_of(folder)) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -181,7 +181,7 @@ def begin(args):
         _lock(args.out, fcntl.LOCK_EX)
     inputs = sorted(set(map(str, _given_paths(args))))
     for path in inputs:
-        if lock_of(path).is_file():
+        if files.lock_of(path).is_file():
             _lock(path, fcntl.LOCK_SH)
     return {path: files.listing(path) for path in inputs}
 
@@ -193,14 +193,9 @@ def claim(args, units):
             _lock(args.out, fcntl.LOCK_EX, seed_of(unit) % 2**31, 1)
 
 
-def lock_of(path):
-    path = Path(path)
-    return path.with_name(f".{path.name}.lock")
-
-
 def _lock(path, kind, start=0, length=0):
     """Locks `length` bytes (0: all) of the lock of `path`."""
-    lock = lock_of(path)
+    lock = files.lock_of(path)
     try:
         if lock not in _locks:
             _locks[lock] = os.open(lock, os.O_RDWR | os.O_CREAT if kind == fcntl.LOCK_EX else os.O_RDONLY, 0o666)
