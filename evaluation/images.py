@@ -6,13 +6,14 @@
 In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test),
 precision, recall, density and coverage, and the share that is suspiciously near to a training image. The real training
 images are measured in the same way, as method `real`: what a perfect generator would get. Whether an image shows what it
-claims is asked of CLIP, zero-shot.
+claims is asked of CLIP, zero-shot. Of larger sets and groups, 10,000 images are drawn and compared.
 
 Reads DATA and each SYNTHETIC. Writes OUT/groups.csv (a row per method and group), OUT/synthetic.csv (a row per method),
 OUT/cost.csv (seconds and megabytes per method), OUT/<method>.png (the closest pairs, synthetic above real) and
 OUT/config.json.
 """
 
+import random
 import sys
 from pathlib import Path
 from statistics import mean
@@ -22,6 +23,9 @@ from common import files, imagefolder, models, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
+
+LIMIT = 10_000  # images of a set and group that are compared: time grows with the square of their number
+BLOCK = 1000  # rows of a matrix of distances or kernels that are in memory at once
 
 # --------------------------------------------------------------------- two sets of embeddings, (N, D) and (M, D)
 
@@ -35,12 +39,13 @@ def kernel_distance(synthetic, real):
     if min(n, m) < 2:
         return None
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def kernel_sum(x, y):
+        return sum(((rows @ y.T / x.shape[1] + 1) ** 3).sum() for rows in blocks(x))
 
-    within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(synthetic, synthetic),
-                                                                          kernel(real, real)))
-    return within - 2 * kernel(synthetic, real).mean()
+    def mean_within(x):  # of different images
+        return (kernel_sum(x, x) - (((x * x).sum(1) / x.shape[1] + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
+
+    return mean_within(synthetic) + mean_within(real) - 2 * kernel_sum(synthetic, real) / (n * m)
 
 
 def precision_recall_density_coverage(synthetic, real, k=5):
@@ -50,20 +55,34 @@ def precision_recall_density_coverage(synthetic, real, k=5):
     real balls hold a synthetic image, divided by k (may exceed 1); coverage: share of real balls that hold any (Naeem et
     al. 2020, section 3). {} if a set has no more than k images.
     """
+    from sklearn.metrics import pairwise_distances  # takes seconds to import
+    from sklearn.neighbors import NearestNeighbors
+
     if min(len(synthetic), len(real)) <= k:
         return {}
-    radius, real_radius = (np.sort(distances(x, x), axis=1)[:, k] for x in (synthetic, real))  # [:, 0] is the image itself
-    between = distances(synthetic, real)
-    in_real = between < real_radius[None]
-    return {"precision": in_real.any(1).mean(), "recall": (between < radius[:, None]).any(0).mean(),
-            "density": in_real.sum(1).mean() / k, "coverage": (between.min(0) < real_radius).mean()}
+    radius, real_radius = (NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(x).kneighbors(x)[0][:, k]
+                           for x in (synthetic, real))  # [:, 0] is the image itself
+    balls, recalled, covered = [], np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for rows, radii in zip(blocks(synthetic), blocks(radius)):
+        between = pairwise_distances(rows, real)
+        in_real = between < real_radius
+        balls.append(in_real.sum(1))  # real balls that hold each synthetic image
+        covered |= in_real.any(0)
+        recalled |= (between < radii[:, None]).any(0)
+    balls = np.concatenate(balls)
+    return {"precision": (balls > 0).mean(), "recall": recalled.mean(), "density": balls.mean() / k,
+            "coverage": covered.mean()}
 
 
-def distances(x, y):
-    """Euclidean distances, (N, M)."""
-    from sklearn.metrics import pairwise_distances  # takes seconds to import
+def blocks(x):
+    return (x[i:i + BLOCK] for i in range(0, len(x), BLOCK))
 
-    return pairwise_distances(x, y)
+
+def nearest(x, y):
+    """(index, distance) of the nearest of y to each of x, (N,) each, in bounded memory."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
+    return pairwise_distances_argmin_min(x.astype(y.dtype), y)
 
 
 def too_near(synthetic, train, held_out):
@@ -71,8 +90,8 @@ def too_near(synthetic, train, held_out):
 
     0.01 is expected of images that are independent of the training set; 1 is copying.
     """
-    threshold = np.quantile(distances(held_out, train).min(1), 0.01)
-    return (distances(synthetic, train).min(1) <= threshold).mean(), threshold
+    threshold = np.quantile(nearest(held_out, train)[1], 0.01)
+    return (nearest(synthetic, train)[1] <= threshold).mean(), threshold
 
 
 def claims(rows, embeddings, prompts):
@@ -90,6 +109,14 @@ def claims(rows, embeddings, prompts):
 # ------------------------------------------------------------------------------------------------- the tables
 
 
+def drawn(name, rows, group, limit=None):
+    """The indices of at most `limit` (default: LIMIT) images of a group, drawn with a seed of set and group."""
+    members, limit = imagefolder.members_of(group, rows), limit or LIMIT
+    if len(members) <= limit:
+        return members
+    return sorted(random.Random(stage.seed_of(name, group)).sample(members, limit))
+
+
 def group_rows(method, rows, embeddings, real, counts, titles):
     """[{method, group, name, clusters, images, rejected, kid, precision, ..., too_near}], empty where unknown.
 
@@ -98,8 +125,9 @@ def group_rows(method, rows, embeddings, real, counts, titles):
     """
     table = []
     for group, size in imagefolder.group_counts(rows).items():
-        points, held_out, train = (part[imagefolder.members_of(group, of)] for of, part in (
-            (rows, embeddings), real["held-out"], real["train"]))
+        points, held_out = (part[drawn(name, of, group)].astype(float) for name, (of, part) in (
+            (method, (rows, embeddings)), ("held-out", real["held-out"])))
+        train = real["train"][1][imagefolder.members_of(group, real["train"][0])]  # all: one of them may be copied
         tried = [verdicts for unit, verdicts in counts.items() if unit == group or unit.startswith(f"{group}-")]
         total = sum(sum(verdicts.values()) for verdicts in tried)
         units = {rows[i].get("unit") for i in imagefolder.members_of(group, rows)}
@@ -119,13 +147,13 @@ def save_closest(path, rows, source, embeddings, data, train, train_embeddings, 
     """The 12 closest pairs per group: synthetic images, and below each its nearest training image."""
     lines, labels = [], []
     for group in imagefolder.group_counts(rows):
-        mine, theirs = (imagefolder.members_of(group, part) for part in (rows, train))
+        mine, theirs = drawn(source.name, rows, group), imagefolder.members_of(group, train)
         if not theirs:
             continue
-        between = distances(embeddings[mine], train_embeddings[theirs])
-        chosen = between.min(1).argsort(kind="stable")[:12]
+        closest, distance = nearest(embeddings[mine], train_embeddings[theirs])
+        chosen = distance.argsort(kind="stable")[:12]
         lines += [[imagefolder.load_image(source / rows[mine[i]]["file_name"], 64) for i in chosen],
-                  [imagefolder.load_image(data / train[theirs[between[i].argmin()]]["file_name"], 64) for i in chosen]]
+                  [imagefolder.load_image(data / train[theirs[closest[i]]]["file_name"], 64) for i in chosen]]
         labels += [f"{titles.get(group, group)}: synthetic", "nearest training image"]
     imagefolder.contact_sheet(lines, labels).save(path)
 
@@ -163,13 +191,13 @@ def main(argv=None):
     prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
     real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
             for name in ("train", "held-out")}
-    real = {name: (rows, models.embed_images(clip, args.data, rows, args.batch).astype(float))
+    real = {name: (rows, models.embed_images(clip, args.data, rows, args.batch))
             for name, rows in real.items()}
     groups, table = group_rows("real", *real["train"], real, {}, titles), []
     with files.replacing(args.out) as out:
         out.mkdir()
         for source, rows in sets.items():
-            embeddings = models.embed_images(clip, source, rows, args.batch).astype(float)
+            embeddings = models.embed_images(clip, source, rows, args.batch)
             counts = files.read_json(source / "config.json").get("counts", {})
             mine = group_rows(source.name, rows, embeddings, real, counts, titles)
             groups += mine

@@ -2,11 +2,15 @@
 
 import csv
 import shutil
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run, slow
 
+from evaluation import images
 from evaluation.images import claims, kernel_distance, precision_recall_density_coverage, too_near
 
 
@@ -28,6 +32,79 @@ def test_the_kernel_distance_is_that_of_torchmetrics(points):
     synthetic, real = points
     assert kernel_distance(synthetic, real[:40]) == pytest.approx(1.5453357962604253, rel=1e-6)
     assert kernel_distance(synthetic, real[:1]) is None
+
+
+def plain_measures(synthetic, real, train, k=5):
+    """The same measures from whole matrices, as their papers write them."""
+    def distances(x, y):
+        return np.linalg.norm(x[:, None] - y[None], axis=2)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    within = [kernel(x, x)[~np.eye(len(x), dtype=bool)].mean() for x in (synthetic, real)]
+    radius, real_radius = (np.sort(distances(x, x))[:, k] for x in (synthetic, real))
+    between = distances(synthetic, real)
+    in_real = between < real_radius
+    threshold = np.quantile(distances(real, train).min(1), 0.01)
+    return {"kid": sum(within) - 2 * kernel(synthetic, real).mean(), "precision": in_real.any(1).mean(),
+            "recall": (between < radius[:, None]).any(0).mean(), "density": in_real.sum() / k / len(synthetic),
+            "coverage": in_real.any(0).mean(), "too_near": (distances(synthetic, train).min(1) <= threshold).mean()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_measures_in_blocks_are_those_of_whole_matrices(monkeypatch, dtype):
+    monkeypatch.setattr(images, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    synthetic, real, train = (rng.normal(shift, 1, size=(n, 8)).astype("float32") / 8 for shift, n in (
+        (0.3, 200), (0, 150), (0, 90)))
+    synthetic[:30] = train[:30]  # copies
+    synthetic, real = synthetic.astype(float), real.astype(float)
+    found = {"kid": kernel_distance(synthetic, real), **precision_recall_density_coverage(synthetic, real),
+             "too_near": too_near(synthetic, train.astype(dtype), real)[0]}
+    assert found == pytest.approx(plain_measures(synthetic, real, train.astype(float)), abs=1e-6)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_images():
+    """One matrix of 6,000 x 6,000 distances would take 288 MB, a block of it 48 MB."""
+    points = np.random.default_rng(0).normal(size=(6000, 4))
+    kernel_distance(points[:9], points[:9])
+    tracemalloc.start()
+    kernel_distance(points, points), precision_recall_density_coverage(points, points), too_near(points, points, points)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_the_images_that_are_compared_are_a_draw_of_set_and_group_alone(monkeypatch):
+    monkeypatch.setattr(images, "LIMIT", 10)
+    rows = [{"y": i % 2, "a": 0} for i in range(60)]
+    draw = images.drawn("lora", rows, "y1-a0")
+    assert draw == images.drawn("lora", rows, "y1-a0") and len(set(draw)) == 10 and all(i % 2 for i in draw)
+    assert draw != images.drawn("vanilla", rows, "y1-a0")
+    assert images.drawn("lora", rows[:20], "y1-a0") == list(range(1, 20, 2))
+
+
+SOAK = """
+import resource, time, numpy as np
+from evaluation.images import group_rows
+rng = np.random.default_rng(0)
+def of(*sizes):  # images per group
+    rows = [{"y": i // 2, "a": i % 2} for i, size in enumerate(sizes) for _ in range(size)]
+    return rows, rng.standard_normal((len(rows), 768), "float32") / 768 ** 0.5
+real = {"train": of(71629, 66874, 22880, 1387), "held-out": of(18302, 15151, 5946, 430)}
+synthetic, begin = of(*[72000] + 3 * [5000]), time.monotonic()
+group_rows("lora", *synthetic, real, {}, {})
+print(time.monotonic() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@slow
+def test_images_as_many_as_those_of_celeba_fit_in_2_gb():
+    done = subprocess.run([sys.executable, "-c", SOAK], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, peak = map(float, done.stdout.split())
+    print(f"\nCelebA's images: {seconds:.0f} s, peak memory {peak:.2f} GB")
+    assert peak < 2
 
 
 def test_copies_of_training_images_are_too_near_and_new_ones_as_often_as_real_ones():
