@@ -31,9 +31,14 @@ METRICS = {
     "demographic_parity": "demographic-parity difference",
 }
 MEASURES = (  # the columns of evaluation/images.py's synthetic.csv
-    "Means over groups. rejected: share of the drawn images; kid: kernel distance to held-out real images in CLIP space; "
-    "coverage: share of held-out images that are covered; too_near: share that is suspiciously near to a training image "
-    "(chance: 0.01); clip_class, clip_attribute: share that CLIP recognises as the class, the attribute that it claims.")
+    "Means over groups; real: the real training images, for comparison. Groups of more than 10,000 images are measured on as "
+    "many of them, drawn at random. rejected: share of the drawn images; kid: kernel distance to held-out real images in CLIP "
+    "space; coverage: share of held-out images that are covered; too_near: share that is suspiciously near to a training image "
+    "(chance: 0.01); leakage: accuracy of a linear probe that tells bias-aligned from bias-conflicting images (chance: 0.5; "
+    "real: held-out images, what content alone gives away), high if images show which model drew them; real_gap: accuracy of "
+    "a linear probe for the class, trained on synthetic images, on other synthetic images minus held-out real ones, high if it "
+    "uses what only synthetic images have; clip_class, clip_attribute: share that CLIP recognises as the class, the attribute "
+    "that it claims.")
 
 # --------------------------------------------------------------------------------------------- the metrics
 

@@ -4,7 +4,8 @@
         --clip base/miniature/clip --out runs/digits-0.95/images
 
 In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test),
-precision, recall, density and coverage, and the share that is suspiciously near to a training image. The real training
+precision, recall, density and coverage, and the share that is suspiciously near to a training image. Two linear probes ask
+whether the images tell which model drew them, and whether a class looks as it does in real images. The real training
 images are measured in the same way, as method `real`: what a perfect generator would get. Whether an image shows what it
 claims is asked of CLIP, zero-shot. Of larger sets and groups, 10,000 images are drawn and compared.
 
@@ -15,6 +16,7 @@ OUT/config.json.
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 
@@ -25,7 +27,8 @@ from common.files import InputError
 np = stage.lazy("numpy")
 
 LIMIT = 10_000  # images of a set and group that are compared: time grows with the square of their number
-BLOCK = 1000  # rows of a matrix of distances or kernels that are in memory at once
+BLOCK = 500  # rows of a matrix of distances or kernels that are in memory at once
+FOLDS = 5  # of cross-validation; a group needs as many images
 
 # --------------------------------------------------------------------- two sets of embeddings, (N, D) and (M, D)
 
@@ -106,28 +109,108 @@ def claims(rows, embeddings, prompts):
     return dict(zip(("clip_class", "clip_attribute"), correct.mean(0).tolist()))
 
 
+# --------------------------------------------------------------------- linear probes; rows: of metadata, with y and a
+
+
+def probe(labels, groups, embeddings, others):
+    """Predictions of a linear probe for `labels`: (N,) by cross-validation, and (FOLDS, M) on `others` by each fold's model.
+
+    labels: (N,) int; groups: N names, each of one label; embeddings: (N, D); others: (M, D). Labels count equally, and so
+    do the groups of a label. Every group needs FOLDS images.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    sizes, shares = Counter(groups), Counter(dict(zip(groups, labels)).values())
+    weights = np.array([1 / sizes[group] / shares[label] for group, label in zip(groups, labels)])
+    weights /= weights.mean()  # regularised as if unweighted
+    found, of_others = np.empty_like(labels), []
+    for fit, rest in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(embeddings, groups):
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        model.fit(embeddings[fit], labels[fit], logisticregression__sample_weight=weights[fit])
+        predictions = model.predict(np.concatenate([embeddings, others]))
+        found[rest] = predictions[rest]
+        of_others.append(predictions[len(embeddings):])
+    return found, np.array(of_others)
+
+
+def generator_leakage(rows, embeddings, train_counts):
+    """{group: share of its images that a linear probe tells to be bias-aligned or bias-conflicting, whichever they are}.
+
+    Where class and attribute are balanced, this is an exclusive-or of the two. A linear probe can hardly read that from
+    what images show, but easily from the traces of the models that drew them (ours; a classifier two-sample test, Lopez-Paz
+    & Oquab 2017). Chance is 0.5; real images tell what content alone gives away. {} unless there are two attributes, classes
+    differ in the one that they are correlated with, and each has FOLDS images with every attribute.
+    """
+    sizes = imagefolder.group_counts(rows)
+    classes, attributes = (sorted({row[label] for row in rows}) for label in "ya")
+    correlated = {y: imagefolder.correlated_attribute(train_counts, y) for y in classes}
+    if min(len(attributes), len(set(correlated.values()))) < 2 or any(
+            sizes.get(imagefolder.group_name(y, a), 0) < FOLDS for y in classes for a in attributes):
+        return {}
+    aligned = np.array([int(row["a"] == correlated[row["y"]]) for row in rows])
+    groups = [imagefolder.group_of(row) for row in rows]
+    return shares_by_group(groups, probe(aligned, groups, embeddings, embeddings[:1])[0] == aligned)
+
+
+def real_gap(rows, embeddings, held_out, held_out_embeddings):
+    """{group: accuracy of a linear probe for the class on images like those that it was fitted to, minus that on real ones}.
+
+    Large and positive if the probe uses what only synthetic images have. The first accuracy is cross-validated. Leaves out
+    groups with fewer than FOLDS images, or without held-out images; {} if the other groups are of one class.
+    """
+    sizes = imagefolder.group_counts(rows)
+    chosen = [i for i, row in enumerate(rows) if sizes[imagefolder.group_of(row)] >= FOLDS]
+    rows, embeddings = [rows[i] for i in chosen], embeddings[chosen]
+    groups, real_groups = ([imagefolder.group_of(row) for row in part] for part in (rows, held_out))
+    y, real_y = (np.array([row["y"] for row in part], int) for part in (rows, held_out))
+    if len(set(y)) < 2 or not held_out:
+        return {}
+    found, of_real = probe(y, groups, embeddings, held_out_embeddings)
+    accuracy, on_real = shares_by_group(groups, found == y), shares_by_group(real_groups, (of_real == real_y).mean(0))
+    return {group: accuracy[group] - on_real[group] for group in accuracy if group in on_real}
+
+
+def shares_by_group(groups, correct):
+    """{group: mean of its entries of `correct`, (N,)}."""
+    groups = np.array(groups)
+    return {group: correct[groups == group].mean() for group in dict.fromkeys(groups.tolist())}
+
+
 # ------------------------------------------------------------------------------------------------- the tables
 
 
 def drawn(name, rows, group, limit=None):
     """The indices of at most `limit` (default: LIMIT) images of a group, drawn with a seed of set and group."""
-    members, limit = imagefolder.members_of(group, rows), limit or LIMIT
+    members, limit = imagefolder.members_of(group, rows), LIMIT if limit is None else limit
     if len(members) <= limit:
         return members
     return sorted(random.Random(stage.seed_of(name, group)).sample(members, limit))
 
 
+def balanced(name, rows, embeddings):
+    """(rows, embeddings) of at most LIMIT images, from each group at most its equal share."""
+    groups = imagefolder.group_counts(rows)
+    chosen = [i for group in groups for i in drawn(name, rows, group, LIMIT // len(groups))]
+    return [rows[i] for i in chosen], embeddings[chosen].astype(float)
+
+
 def group_rows(method, rows, embeddings, real, counts, titles):
-    """[{method, group, name, clusters, images, rejected, kid, precision, ..., too_near}], empty where unknown.
+    """[{method, group, name, clusters, images, rejected, kid, precision, ..., real_gap}], empty where unknown.
 
     clusters: the number of units that drew the group. real: {"train" or "held-out": (rows, embeddings)}; counts: of
-    generate.py, how many candidates were kept or rejected, and why.
+    generate.py, how many candidates were kept or rejected, and why. The leakage of method `real` is that of the held-out
+    images, whose classes and attributes are balanced as far as the dataset allows.
     """
-    table = []
+    table, probed, real_probed = [], balanced(method, rows, embeddings), balanced("held-out", *real["held-out"])
+    leakage = generator_leakage(*(real_probed if method == "real" else probed), imagefolder.group_counts(real["train"][0]))
+    gap = real_gap(*probed, *real_probed)
     for group, size in imagefolder.group_counts(rows).items():
         points, held_out = (part[drawn(name, of, group)].astype(float) for name, (of, part) in (
             (method, (rows, embeddings)), ("held-out", real["held-out"])))
-        train = real["train"][1][imagefolder.members_of(group, real["train"][0])]  # all: one of them may be copied
+        train = imagefolder.members_of(group, real["train"][0])  # all: any may have been copied
         tried = [verdicts for unit, verdicts in counts.items() if unit == group or unit.startswith(f"{group}-")]
         total = sum(sum(verdicts.values()) for verdicts in tried)
         units = {rows[i].get("unit") for i in imagefolder.members_of(group, rows)}
@@ -135,12 +218,24 @@ def group_rows(method, rows, embeddings, real, counts, titles):
                 "images": size, "rejected": 1 - sum(verdicts["kept"] for verdicts in tried) / total if total else None,
                 "kid": kernel_distance(points, held_out),
                 **dict.fromkeys(("precision", "recall", "density", "coverage")),
-                **precision_recall_density_coverage(points, held_out), "too_near": None}
-        if method != "real" and len(train) and len(held_out):
-            line["too_near"] = too_near(points, train, held_out)[0]
+                **precision_recall_density_coverage(points, held_out), "too_near": None,
+                "leakage": leakage.get(group), "real_gap": gap.get(group)}
+        if method != "real" and train and len(held_out):
+            line["too_near"] = too_near(points, real["train"][1][train], held_out)[0]
         table.append({key: f"{value:.5f}" if isinstance(value, float) else "" if value is None else value
                       for key, value in line.items()})
     return table
+
+
+def set_row(method, rows, embeddings, table, prompts):
+    """{method, images, rejected, ..., clip_attribute}: means over the groups of its table, and what CLIP recognises."""
+    line = {"method": method, "images": len(rows)}
+    for name in ("rejected", "kid", "coverage", "too_near", "leakage", "real_gap"):
+        known = [float(row[name]) for row in table if row[name] != ""]
+        line[name] = mean(known) if known else ""
+    line |= claims(rows, embeddings, prompts)
+    return {key: f"{value:.{4 if key == 'kid' else 3}f}" if isinstance(value, float) else value
+            for key, value in line.items()}
 
 
 def save_closest(path, rows, source, embeddings, data, train, train_embeddings, titles):
@@ -184,7 +279,8 @@ def main(argv=None):
     key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
                        [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
                         for source, rows in sets.items()],
-                       stage.code_digest(__file__, models.__file__, imagefolder.load_image))
+                       stage.code_digest(__file__, models.__file__, imagefolder.load_image,
+                                         imagefolder.correlated_attribute))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
     clip = models.Clip(args.clip, models.pick_device(args.device))
@@ -193,7 +289,8 @@ def main(argv=None):
             for name in ("train", "held-out")}
     real = {name: (rows, models.embed_images(clip, args.data, rows, args.batch))
             for name, rows in real.items()}
-    groups, table = group_rows("real", *real["train"], real, {}, titles), []
+    groups = group_rows("real", *real["train"], real, {}, titles)
+    table = [set_row("real", *real["train"], groups, prompts)]
     with files.replacing(args.out) as out:
         out.mkdir()
         for source, rows in sets.items():
@@ -201,15 +298,10 @@ def main(argv=None):
             counts = files.read_json(source / "config.json").get("counts", {})
             mine = group_rows(source.name, rows, embeddings, real, counts, titles)
             groups += mine
-            line = {"method": source.name, "images": len(rows)}
-            line |= {name: mean(float(row[name]) for row in mine if row[name] != "")
-                     for name in ("rejected", "kid", "coverage", "too_near") if any(row[name] != "" for row in mine)}
-            line |= claims(rows, embeddings, prompts)
-            table.append({key: f"{value:.{4 if key == 'kid' else 3}f}" if isinstance(value, float) else value
-                          for key, value in line.items()})
+            table.append(set_row(source.name, rows, embeddings, mine, prompts))
             save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data, *real["train"], titles)
         files.write_csv(out / "groups.csv", groups)
-        files.write_csv(out / "synthetic.csv", table, list(dict.fromkeys(key for line in table for key in line)))
+        files.write_csv(out / "synthetic.csv", table)
         files.write_csv(out / "cost.csv", [cost(source) for source in sets])
         stage.finish(out, args, key, inputs)
     print((args.out / "synthetic.csv").read_text(encoding="utf-8"))

@@ -66,7 +66,8 @@ def accuracies_table(results, images, sizes, titles):
     rows = []
     for group, recipe in sorted(accuracies, key=lambda key: (sizes.get(key[0], 0), key[0])):
         about = of_images.get((recipe.split("+")[-1], group), {})
-        about = {name: about.get(name, "") for name in ("clusters", "recall", "coverage", "too_near")}
+        about = {name: about.get(name, "") for name in (
+            "clusters", "recall", "coverage", "too_near", "leakage", "real_gap")}
         rows.append({"group": titles.get(group, group), "training images": sizes.get(group, 0), "recipe": recipe,
                      "accuracy": f"{mean(accuracies[group, recipe]):.3f}"}
                     | {name: f"{float(value):.3f}" if "." in value else value for name, value in about.items()})
