@@ -130,9 +130,8 @@ def probe(labels, groups, embeddings, others):
     for fit, rest in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(embeddings, groups):
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         model.fit(embeddings[fit], labels[fit], logisticregression__sample_weight=weights[fit])
-        predictions = model.predict(np.concatenate([embeddings, others]))
-        found[rest] = predictions[rest]
-        of_others.append(predictions[len(embeddings):])
+        found[rest] = model.predict(embeddings[rest])
+        of_others.append(model.predict(others))
     return found, np.array(of_others)
 
 
@@ -194,7 +193,7 @@ def balanced(name, rows, embeddings):
     """(rows, embeddings) of at most LIMIT images, from each group at most its equal share."""
     groups = imagefolder.group_counts(rows)
     chosen = [i for group in groups for i in drawn(name, rows, group, LIMIT // len(groups))]
-    return [rows[i] for i in chosen], embeddings[chosen].astype(float)
+    return [rows[i] for i in chosen], embeddings[chosen]
 
 
 def group_rows(method, rows, embeddings, real, counts, titles):
