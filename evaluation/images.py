@@ -113,7 +113,7 @@ def claims(rows, embeddings, prompts):
 
 
 def probe(labels, groups, embeddings, others):
-    """Predictions of a linear probe for `labels`: (N,) by cross-validation, and (FOLDS, M) on `others` by each fold's model.
+    """Predictions of a linear probe for `labels`: (N,) by cross-validation, (FOLDS, M) on `others` by each fold's model.
 
     labels: (N,) int; groups: N names, each of one label; embeddings: (N, D); others: (M, D). Labels count equally, and so
     do the groups of a label. Every group needs FOLDS images.
@@ -155,7 +155,7 @@ def generator_leakage(rows, embeddings, train_counts):
 
 
 def real_gap(rows, embeddings, held_out, held_out_embeddings):
-    """{group: accuracy of a linear probe for the class on images like those that it was fitted to, minus that on real ones}.
+    """{group: accuracy of a linear probe for the class on images of the set that it was fitted to, minus on real ones}.
 
     Large and positive if the probe uses what only synthetic images have. The first accuracy is cross-validated. Leaves out
     groups with fewer than FOLDS images, or without held-out images; {} if the other groups are of one class.
@@ -204,7 +204,8 @@ def group_rows(method, rows, embeddings, real, counts, titles):
     images, whose classes and attributes are balanced as far as the dataset allows.
     """
     table, probed, real_probed = [], balanced(method, rows, embeddings), balanced("held-out", *real["held-out"])
-    leakage = generator_leakage(*(real_probed if method == "real" else probed), imagefolder.group_counts(real["train"][0]))
+    train_counts = imagefolder.group_counts(real["train"][0])
+    leakage = generator_leakage(*(real_probed if method == "real" else probed), train_counts)
     gap = real_gap(*probed, *real_probed)
     for group, size in imagefolder.group_counts(rows).items():
         points, held_out = (part[drawn(name, of, group)].astype(float) for name, (of, part) in (
