@@ -17,7 +17,7 @@ from common import stage
 
 np = stage.lazy("numpy")
 
-FOLDS = 10
+FOLDS = 5
 
 
 class WorstGroup(NamedTuple):
