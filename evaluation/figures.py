@@ -25,7 +25,7 @@ def worst_group_bars(path, table, found, metrics):
         axes.plot(groups, [place] * len(groups), "o", color="#dd8452", markersize=4, zorder=3,
                   label="each group" if place == 0 else None)
     axes.set(yticks=range(len(table)), yticklabels=list(reversed(table)), xlim=(0, 1),
-             xlabel="worst-group accuracy (bar: mean over seeds, whisker: 95 % interval over test images and seeds)")
+             xlabel="worst-group accuracy (bar: mean over seeds, whisker: 95 % interval)")
     figure.legend(loc="outside upper right")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -41,7 +41,7 @@ def accuracy_against_bias(path, values, biases):
                                        [max(0, x - c) for c, x in zip(centre, high)]],
                       fmt="-o" if i < 10 else "--s", markersize=3, linewidth=1, capsize=2, label=recipe)
     axes.set(xticks=range(len(biases)), xticklabels=biases, ylim=(0, 1), xlabel="bias of the training set",
-             ylabel="worst-group accuracy (whisker: 95 % interval over test images and seeds)")
+             ylabel="worst-group accuracy (whisker: 95 % interval)")
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
