@@ -88,7 +88,7 @@ $(RECIPES:%=$(RUN)/classifiers/%/config.json): $(RUN)/classifiers/%/config.json:
 	$(call run,$(call classify,$*))
 $(RUN)/images/config.json: $$(call needs,$$(measure))
 	$(call run,$(measure))
-$(RUN)/results/config.json: evaluation/figures.py $$(call needs,$$(evaluate))
+$(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
 $(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json $(if $(shell \
   find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)

@@ -6,9 +6,8 @@
 Reads the predictions of train_classifier.py, one folder per recipe (from several runs if their models have other seeds),
 and what evaluation/images.py measured of the synthetic images.
 Writes OUT/results.csv (tidy: recipe, seed, group, metric, value), OUT/results.md (best worst group first, with 95 %
-bootstrap intervals and paired differences from erm and groupdro on the same test images), OUT/cost.md (of the synthetic
-images), OUT/intervals.csv, OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and
-OUT/config.json.
+intervals and differences from erm and groupdro on the same test images), OUT/cost.md (of the synthetic images),
+OUT/intervals.csv, OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and OUT/config.json.
 """
 
 import math
@@ -17,13 +16,13 @@ from statistics import mean, stdev
 
 from common import files, imagefolder, stage
 from common.files import InputError
-from evaluation import figures
+from evaluation import figures, intervals
 
 np = stage.lazy("numpy")
 
 METRICS = {
     "worst_group": "worst-group accuracy",
-    "mean_group": "mean group accuracy",
+    "average_group": "average-group accuracy",
     "train_weighted": "train-weighted accuracy",
     "gap": "gap between groups",
     "conflicting": "bias-conflicting accuracy",
@@ -46,15 +45,15 @@ MEASURES = (  # the columns of evaluation/images.py's synthetic.csv
 def metrics(accuracies, train_counts):
     """The metrics of a classifier that depend on its groups' accuracies alone.
 
-    worst_group: the lowest of them (Sagawa et al. 2020); mean_group: their plain mean; train_weighted: their mean weighted
-    by the groups' training images ("adjusted average accuracy" of WILDS and Group-DRO; NaN if no tested group was in
+    worst_group: the lowest of them (Sagawa et al. 2020); average_group: their plain mean; train_weighted: their mean
+    weighted by the groups' training images ("adjusted average accuracy" of WILDS and Group-DRO; NaN if no tested group was in
     training); gap: best group minus worst.
     """
     seen = {group: train_counts.get(group, 0) for group in accuracies}
     total = sum(seen.values())
     return {
         "worst_group": min(accuracies.values()),
-        "mean_group": mean(accuracies.values()),
+        "average_group": mean(accuracies.values()),
         "train_weighted": sum(accuracies[group] * n for group, n in seen.items()) / total if total else float("nan"),
         "gap": max(accuracies.values()) - min(accuracies.values()),
     }
@@ -85,45 +84,24 @@ def fairness(rows, train_counts):
             "demographic_parity": difference_of_rates(rows)}
 
 
-def bootstrap_worst_group(correct, members, draws, rng, runs=None):
-    """Worst-group accuracy, mean over seeds, of `draws` bootstrap samples of test images and of seeds: (draws,) float.
-
-    correct: (seeds, images) bool; members: an index array per group; runs: the run of each seed. Images are resampled
-    within their group, and seeds with them, or runs if there are several: the seeds of one share its diffusion models.
-    With a generator `rng` of the same seed, recipes get the same samples, so that their differences are paired.
-    """
-    accuracies = []
-    for group in members:
-        counts = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
-        accuracies.append(correct[:, group].astype(float) @ counts.T / len(group))
-    worst = np.min(accuracies, axis=0)  # (seeds, draws)
-    if len(set(runs or ())) > 1:
-        worst = np.array([worst[[other == run for other in runs]].mean(0) for run in sorted(set(runs))])
-    seeds = rng.integers(len(worst), size=(len(worst), draws))
-    return np.take_along_axis(worst, seeds, axis=0).mean(0)
-
-
-def intervals(predictions, table, references, draws=2000):
+def intervals_of(predictions, table, references):
     """{recipe: {"worst_group": (low, high), "vs erm": (difference, low, high), ...}}, all at 95 %.
 
     predictions: {recipe: {seed: rows}}; table: of summary(); references: recipes that the others are compared with. A
     difference is this recipe's worst-group accuracy minus the reference's.
     """
     first = next(iter(next(iter(predictions.values())).values()))
-    groups = np.array([imagefolder.group_of(row) for row in first])
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    samples = {}
-    for recipe, seeds in predictions.items():
-        correct = np.array([[row["prediction"] == row["y"] for row in rows] for rows in seeds.values()])
-        samples[recipe] = bootstrap_worst_group(correct, members, draws, np.random.default_rng(0),
-                                                [run_of(seed) for seed in seeds])
-    found = {recipe: {"worst_group": tuple(np.quantile(values, (0.025, 0.975)))} for recipe, values in samples.items()}
+    groups = np.unique([imagefolder.group_of(row) for row in first], return_inverse=True)[1]
+    measured = {recipe: intervals.worst_group(
+        np.array([[row["prediction"] == row["y"] for row in rows] for rows in seeds.values()]), groups,
+        [run_of(seed) for seed in seeds]) for recipe, seeds in predictions.items()}
+    found = {recipe: {"worst_group": intervals.interval(values)} for recipe, values in measured.items()}
     for recipe in found:
         for reference in references:
-            if reference in samples and reference != recipe:
-                low, high = np.quantile(samples[recipe] - samples[reference], (0.025, 0.975))
+            if reference in measured and reference != recipe:
                 difference = table[recipe]["worst_group"][0] - table[reference]["worst_group"][0]
-                found[recipe][f"vs {reference}"] = (difference, low, high)
+                found[recipe][f"vs {reference}"] = (
+                    difference, *intervals.interval(measured[recipe], measured[reference]))
     return found
 
 
@@ -144,11 +122,11 @@ def read_predictions(path, split):
 
 
 def read_recipes(args):
-    """{recipe: {seed: rows of predictions}}, all for the same images and trained on the same data.
+    """{recipe: {seed: rows}}, all for the same images and trained on the same data, and {recipe: group labels it uses}.
 
     A recipe is known by its folder's name; if that is found in several runs, a seed is called <run>/<seed>.
     """
-    names, predictions, tested, trained = [path.name for path in args.classifiers], {}, None, {}
+    names, predictions, tested, trained, labels = [path.name for path in args.classifiers], {}, None, {}, {}
     for recipe in args.classifiers:
         run = f"{recipe.resolve().parent.parent.name}/" if names.count(recipe.name) > 1 else ""
         if (recipe / ".stage").is_file() and not (recipe / "config.json").is_file():
@@ -157,7 +135,9 @@ def read_recipes(args):
                        key=lambda path: int(path.name[4:]))
         if not seeds:
             raise InputError(recipe, "contains no seed", "point --classifiers to output folders of train_classifier.py")
-        trained[recipe] = files.read_json(recipe / "config.json").get("digests", {}).get("data")
+        config = files.read_json(recipe / "config.json")
+        trained[recipe] = config.get("digests", {}).get("data")
+        labels.setdefault(recipe.name, set()).add(str(config.get("group_labels", "unknown")))
         other = next((path for path in trained if trained[path] != trained[recipe]), None)
         if other:
             raise InputError(recipe, f"and {other} were trained on different data", "train both on --data")
@@ -173,7 +153,7 @@ def read_recipes(args):
                           for split in imagefolder.SPLITS)) if any(trained.values()) else None
     if data not in trained.values():
         raise InputError(args.classifiers[0], f"was trained on other data than --data {args.data}", "train it again")
-    return predictions
+    return predictions, {recipe: " or ".join(sorted(used)) for recipe, used in labels.items()}
 
 
 def run_of(seed):
@@ -230,10 +210,11 @@ def markdown_of(path):
     return markdown_table(list(rows[0]), [row.values() for row in rows])
 
 
-def interval_line(recipe, row, found, seeds, references, groups):
+def interval_line(recipe, row, found, seeds, labels, references, groups):
     """A row of intervals.csv. collapsed: how many seeds predict a single class; groups: tested, of all in the data."""
     collapsed = sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values())
-    line = {"recipe": recipe, "collapsed": collapsed, "groups": groups, "worst_group": row["worst_group"][0],
+    line = {"recipe": recipe, "group_labels": labels, "seeds": len(seeds), "collapsed": collapsed, "groups": groups,
+            "average_group": row["average_group"][0], "worst_group": row["worst_group"][0],
             **dict(zip(("low", "high"), found["worst_group"]))}
     for reference in references:
         values = found.get(f"vs {reference}", ("", "", ""))
@@ -244,10 +225,10 @@ def interval_line(recipe, row, found, seeds, references, groups):
 def latex(table, found):
     """The first table as LaTeX, for a paper that uses booktabs."""
     lines = [f"{recipe} & ${plus_minus(*row['worst_group'])}$ & ".replace("±", r"\pm") +
-             "$[{:.3f}, {:.3f}]$".format(*found[recipe]["worst_group"]) + f" & ${row['mean_group'][0]:.3f}$ \\\\"
+             "$[{:.3f}, {:.3f}]$".format(*found[recipe]["worst_group"]) + f" & ${row['average_group'][0]:.3f}$ \\\\"
              for recipe, row in table.items()]
     return "\n".join([r"\begin{tabular}{lccc}", r"\toprule",
-                      r"Recipe & Worst-group accuracy & 95\,\% interval & Mean group accuracy \\", r"\midrule", *lines,
+                      r"Recipe & Worst-group accuracy & 95\,\% interval & Average-group accuracy \\", r"\midrule", *lines,
                       r"\bottomrule", r"\end{tabular}", ""]).replace("_", r"\_")
 
 
@@ -260,17 +241,19 @@ def averaged_over(predictions):
     return " or ".join(map(str, sorted(runs))) + " runs with other models (one run: over its seeds)"
 
 
-def markdown(table, found, sizes, titles, args, over):
+def markdown(table, found, labels, sizes, titles, args, over):
     """The two tables of results.md. sizes: {group: images of the split}; titles: {group: name}."""
     compared = [column for column in (f"vs {reference}" for reference in args.references)
                 if any(column in row for row in found.values())]
-    text = (f"Accuracy on {args.split}: mean ± std over {over}. In brackets: 95 % bootstrap intervals over {args.split} "
-            "images and seeds or runs. Bold: significantly different from zero.\n\n")
-    text += markdown_table(["recipe", "worst-group accuracy", "interval", *compared], [
-        [recipe, plus_minus(*row["worst_group"]), "[{:.3f}, {:.3f}]".format(
-            *found[recipe]["worst_group"]), *(difference(found[recipe].get(column)) for column in compared)]
-        for recipe, row in table.items()])
-    columns = [column for column in next(iter(table.values())) if column != "worst_group"]
+    text = (f"Accuracy on {args.split}: mean ± std over {over}. In brackets: 95 % intervals over {args.split} images and "
+            f"{'runs' if 'runs' in over else 'seeds'}. Bold: significantly different from zero. Group labels: the images "
+            "whose group (attribute) the recipe uses.\n\n")
+    text += markdown_table(["recipe", "worst-group accuracy", "95 % interval", METRICS["average_group"], "group labels",
+                            *compared], [
+        [recipe, plus_minus(*row["worst_group"]), "[{:.3f}, {:.3f}]".format(*found[recipe]["worst_group"]),
+         plus_minus(*row["average_group"]), labels[recipe],
+         *(difference(found[recipe].get(column)) for column in compared)] for recipe, row in table.items()])
+    columns = [column for column in next(iter(table.values())) if column not in ("worst_group", "average_group")]
     names = [METRICS.get(column) or f"{titles[column]}, {sizes[column]} images" for column in columns]
     text += "\n" + markdown_table(["recipe", *names], [
         [recipe, *(plus_minus(*row[column]) for column in columns)] for recipe, row in table.items()])
@@ -298,23 +281,27 @@ def difference(values):
 def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
-    predictions = read_recipes(args)
+    predictions, labels = read_recipes(args)
     rows = imagefolder.read_metadata(args.data)
     titles = imagefolder.group_titles(rows)
     results = tidy_results(predictions, imagefolder.group_counts(row for row in rows if row["split"] == "train"))
     table = summary(results, args.keep_order)
-    found = intervals(predictions, table, args.references)
+    found = intervals_of(predictions, table, args.references)
     sizes = imagefolder.group_counts(next(iter(next(iter(predictions.values())).values())))
     titles = {group: group for group in sizes} | titles
     with files.replacing(args.out) as out:
         out.mkdir()
         files.write_csv(out / "results.csv", results)
-        lines = [interval_line(recipe, table[recipe], found[recipe], predictions[recipe], args.references,
-                               f"{len(sizes)} of {len(titles)}") for recipe in table]
+        lines = [interval_line(recipe, table[recipe], found[recipe], predictions[recipe], labels[recipe],
+                               args.references, f"{len(sizes)} of {len(titles)}") for recipe in table]
         files.write_csv(out / "intervals.csv", lines)
-        text = markdown(table, found, sizes, titles, args, averaged_over(predictions))
+        text = markdown(table, found, labels, sizes, titles, args, averaged_over(predictions))
         text += "".join(f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers predict a single class.\n"
                         for line in lines if line["collapsed"])
+        single = [line["recipe"] for line in lines if line["seeds"] == 1]
+        if single:
+            text += (f"\n**One seed**: {', '.join(single)}. Intervals of these recipes, and differences from them, cover "
+                     f"other {args.split} images only, not other seeds.\n")
         if args.images:
             text += f"\nThe synthetic images. {MEASURES}\n\n{markdown_of(args.images / 'synthetic.csv')}"
             (out / "cost.md").write_text(markdown_of(args.images / "cost.csv"), encoding="utf-8")

@@ -37,7 +37,8 @@ lambda1.recipe   = two-stage --contrastive 1
 ablation = evaluate.py --data $(DATA) --keep-order --references clustered --classifiers $(call classifiers,$($1.of))
 $(addprefix $(RUN)/clusters-,$(addsuffix /config.json,k1 k2 k5 k10 k5-rare)): $(RUN)/%/config.json: $$(call needs,$$(call cluster,$$*))
 	$(call run,$(call cluster,$*))
-$(ABLATIONS:%=$(RUN)/ablations/%/config.json): $(RUN)/ablations/%/config.json: evaluation/figures.py $$(call needs,$$(call ablation,$$*))
+$(ABLATIONS:%=$(RUN)/ablations/%/config.json): $(RUN)/ablations/%/config.json: evaluation/figures.py evaluation/intervals.py \
+  $$(call needs,$$(call ablation,$$*))
 	$(call run,$(call ablation,$*))
 $(RUN)/ablations/synthetic/config.json: $$(call needs,$$(measure))
 	$(call run,$(measure))

@@ -14,7 +14,7 @@ def new_axes(height):
 def worst_group_bars(path, table, found, metrics):
     """Worst-group accuracy per recipe with its interval, and a dot per group.
 
-    table: {recipe: {column: (mean, std)}}, best first; found: of evaluate.intervals; metrics: columns that are no group.
+    table: {recipe: {column: (mean, std)}}, best first; found: of evaluate.intervals_of; metrics: columns that are no group.
     """
     figure, axes = new_axes(0.45 * len(table) + 1.2)
     for place, (recipe, row) in enumerate(reversed(table.items())):

@@ -46,9 +46,10 @@ def interval(row, name, form):
 
 
 def recipes_table(rows):
-    """The rows of an intervals.csv for people: worst-group accuracy, and the difference from each reference."""
+    """The rows of an intervals.csv for people: accuracies, group labels used, and the difference from each reference."""
     compared = [name for name in rows[0] if f"{name}_low" in rows[0] and any(row[name] for row in rows)]
-    return [{"recipe": row["recipe"], "worst-group accuracy": interval(row, "worst_group", ".3f")}
+    return [{"recipe": row["recipe"], "worst-group accuracy": interval(row, "worst_group", ".3f"),
+             "average-group accuracy": f"{float(row['average_group']):.3f}", "group labels": row["group_labels"]}
             | {name: interval(row, name, "+.3f") if row[name] else "" for name in compared} for row in rows]
 
 
@@ -113,6 +114,7 @@ def main(argv=None):
         run=args.run.name, groups={title: sizes.get(group, 0) for group, title in titles.items()},
         conclusion=conclude(rows), recipes=recipes_table(rows), results=results, images=images,
         collapsed=[row["recipe"] for row in rows if int(row["collapsed"])],
+        single=[row["recipe"] for row in rows if row["seeds"] == "1"],
         absent=rows[0]["groups"] if tested < known else "",
         accuracies=accuracies_table(results, images, sizes, titles), explanation=MEASURES,
         measures=files.read_csv(images / "synthetic.csv", TODO) if images.is_dir() else [],

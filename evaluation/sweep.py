@@ -32,9 +32,10 @@ def main(argv=None):
         files.write_csv(out / "sweep.csv", [
             {"recipe": recipe, "bias": bias, "worst_group": value[0], "low": value[1], "high": value[2]}
             for recipe, row in values.items() for bias, value in row.items()])
-        text = "Worst-group accuracy and its 95 % interval, for each bias\n\n" + markdown_table(
-            ["recipe", *biases], [[recipe, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[bias]) if bias in row else ""
-                                             for bias in biases)] for recipe, row in values.items()])
+        text = "Worst-group accuracy and its 95 % interval over test images and seeds or runs, for each bias\n\n"
+        text += markdown_table(["recipe", *biases], [
+            [recipe, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[bias]) if bias in row else "" for bias in biases)]
+            for recipe, row in values.items()])
         (out / "sweep.md").write_text(text, encoding="utf-8")
         stage.finish(out, args, files.digest(values), inputs)
     print(text)

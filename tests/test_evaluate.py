@@ -8,7 +8,7 @@ import pytest
 from conftest import run
 
 from common import files, imagefolder
-from evaluate import bootstrap_worst_group, difference, fairness, intervals, metrics, summary, tidy_results
+from evaluate import difference, fairness, intervals_of, metrics, summary, tidy_results
 
 
 def predictions_of(path, wrong):
@@ -27,7 +27,7 @@ def test_the_metrics_agree_with_a_hand_worked_example(tmp_path):
     accuracies = imagefolder.group_accuracies(rows, [row["prediction"] for row in rows])
     assert accuracies == {"y0-a0": 1, "y0-a1": 0.75, "y1-a0": 0.25, "y1-a1": 1}
     weighted = metrics(accuracies, {"y0-a0": 90, "y0-a1": 4, "y1-a0": 6})
-    assert weighted == {"worst_group": 0.25, "mean_group": 0.75, "train_weighted": pytest.approx(0.945), "gap": 0.75}
+    assert weighted == {"worst_group": 0.25, "average_group": 0.75, "train_weighted": pytest.approx(0.945), "gap": 0.75}
 
 
 def test_fairness_is_that_of_fairlearn():
@@ -46,25 +46,16 @@ def test_bias_conflicting_images_have_an_attribute_that_their_class_is_not_corre
     assert fairness(rows, counts)["conflicting"] == 0.5  # 3 of 4 in y0-a1, 1 of 4 in y1-a0
 
 
-def test_runs_with_other_models_are_one_recipe_and_resampled_as_a_whole(dataset, tmp_path):
+def test_runs_with_other_models_are_one_recipe(dataset, tmp_path):
     """The seeds of a run share its diffusion models: the spread is that of the runs' means."""
     for run_name, wrong in (("a", 0), ("b", 2)):
         for seed in (0, 1):
             predictions_of(tmp_path / run_name / "classifiers" / "lora" / f"seed{seed}", {(1, 0): wrong + seed})
     text = run("evaluate.py", "--data", dataset, "--classifiers", *tmp_path.glob("*/classifiers/lora"),
                "--out", tmp_path / "results")
-    assert "| lora | 0.625 ± 0.354 | [" in text
+    assert "| lora | 0.625 ± 0.354 | [" in text and "95 % intervals over test images and runs." in text
     run("evaluate.py", "--data", dataset, "--classifiers", *[tmp_path / "a" / "classifiers" / "lora"] * 2,
         "--out", tmp_path / "results", fails="two lora from the same run")
-
-
-def test_the_interval_of_a_worst_group_is_that_of_its_resampled_images():
-    """One group of 100 with 70 right, one seed: its share is binomial(100, 0.7) / 100."""
-    right = np.array([[True] * 70 + [False] * 30 + [True] * 50])
-    draws = bootstrap_worst_group(right, [np.arange(100), np.arange(100, 150)], 20000, np.random.default_rng(0))
-    assert abs(draws.mean() - 0.7) < 0.002 and abs(draws.std() - np.sqrt(0.7 * 0.3 / 100)) < 0.001
-    two = bootstrap_worst_group(np.vstack([right, ~right]), [np.arange(150)], 20000, np.random.default_rng(0))
-    assert {round(value, 1) for value in np.quantile(two, (0.05, 0.95))} == {0.2, 0.8}  # seeds are drawn as well
 
 
 def test_a_difference_is_bold_only_if_its_interval_excludes_zero(tmp_path):
@@ -72,8 +63,8 @@ def test_a_difference_is_bold_only_if_its_interval_excludes_zero(tmp_path):
         return {"0": predictions_of(tmp_path / name, {group: wrong for group in ((0, 0), (0, 1), (1, 0), (1, 1))})}
 
     predictions = {"erm": predicted("erm", 1), "same": predicted("same", 1), "worse": predicted("worse", 4)}
-    found = intervals(predictions, summary(tidy_results(predictions, {"y0-a0": 1})), ["erm"])
-    assert found["same"]["vs erm"] == (0, 0, 0) and "**" not in difference(found["same"]["vs erm"])
+    found = intervals_of(predictions, summary(tidy_results(predictions, {"y0-a0": 1})), ["erm"])
+    assert found["same"]["vs erm"][1] <= found["same"]["vs erm"][0] == 0 and "**" not in difference(found["same"]["vs erm"])
     assert found["worse"]["vs erm"][0] == -0.75 and difference(found["worse"]["vs erm"]).startswith("**-0.750")
 
 
@@ -95,6 +86,19 @@ def test_the_table_is_sorted_and_holds_mean_and_std_over_seeds(dataset, tmp_path
                "--references", "good", "--out", tmp_path / "results")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert lines[2].startswith("| bad | 0.250 ± 0.354 | [") and "| -0.625 [" in lines[2]
+
+
+def test_the_first_table_says_which_group_labels_a_recipe_uses(dataset, tmp_path):
+    for recipe in ("erm", "old"):
+        predictions_of(tmp_path / recipe / "seed0", {(1, 0): 2})
+    files.write_json(tmp_path / "erm" / "config.json", {"group_labels": "val for selection"})
+    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "erm", tmp_path / "old", "--references", "none",
+               "--out", tmp_path / "results")
+    assert "| recipe | worst-group accuracy | 95 % interval | average-group accuracy | group labels |" in text
+    assert "| 0.875 | val for selection |" in text and "| 0.875 | unknown |" in text
+    rows = files.read_csv(tmp_path / "results" / "intervals.csv", "")
+    assert [(row["group_labels"], row["average_group"]) for row in rows] == [
+        ("val for selection", "0.875000"), ("unknown", "0.875000")]
 
 
 def test_recipes_tested_on_different_images_are_not_compared(dataset, tmp_path):
@@ -124,7 +128,7 @@ def test_biases_are_put_side_by_side(dataset, tmp_path):
         run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / bias / "erm", "--out",
             tmp_path / f"shapes-{bias}" / "results")
     text = run("evaluation/sweep.py", "--results", *tmp_path.glob("shapes-*/results"), "--out", tmp_path / "sweep")
-    assert "| recipe | 0.9 | 0.99 |" in text and "| erm | 0.750 [0.250, 1.000] | 0.500 [" in text
+    assert "| recipe | 0.9 | 0.99 |" in text and "| erm | 0.750 [0.289, 1.000] | 0.500 [" in text
     assert (tmp_path / "sweep" / "sweep.png").is_file()
     run("evaluation/sweep.py", "--results", tmp_path, "--out", tmp_path / "s", fails="intervals.csv: cannot be read")
 
@@ -167,6 +171,6 @@ def test_one_seed_has_no_spread_and_a_class_without_test_images_is_said_to_be_mi
     rows = [row for row in predictions_of(tmp_path / "erm" / "seed0", {(0, 1): 1}) if row["y"] == 0]
     files.write_csv(tmp_path / "erm" / "seed0" / "predictions.csv", rows)
     text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "erm", "--latex", "--out", tmp_path / "results")
-    assert "mean ± std over 1 seed." in text and "| erm | 0.750 | [" in text
+    assert "mean ± std over 1 seed." in text and "| erm | 0.750 | [" in text and "**One seed**: erm. Intervals of" in text
     assert "(y1-a0), odd digit on a green background (y1-a1) have no test images. The worst group is the worst of 2 of 4" in text
     assert "erm & $0.750$ &" in (tmp_path / "results" / "results.tex").read_text()
