@@ -74,9 +74,9 @@ class Losses:
         return torch.nn.functional.cross_entropy(logits, y)
 
     def contrastive(self, logits, features, y, group):
-        """Cross-entropy + lambda * supervised contrastive loss (paper, pretraining of the classifier)."""
+        """beta * cross-entropy + (1 - beta) * supervised contrastive loss (paper, pretraining of the classifier)."""
         supcon = supervised_contrastive(features, y, self.args.temperature)
-        return torch.nn.functional.cross_entropy(logits, y) + self.args.contrastive * supcon
+        return self.args.beta * torch.nn.functional.cross_entropy(logits, y) + (1 - self.args.beta) * supcon
 
     def group_weighted(self, logits, features, y, group):
         """Cross-entropy, each image weighted by the inverse size of its group."""
@@ -306,7 +306,8 @@ def parse(argv=None):
     parser.add_argument("--last-layer-rate", type=positive, default=0.001, help="learning rate of the last-layer phase")
     parser.add_argument("--weight-decay", type=positive, default=1e-4, help="weight decay of SGD")
     parser.add_argument("--batch", type=stage.number(int, 2), default=64, help="images per step")
-    parser.add_argument("--contrastive", type=positive, default=0.5, help="lambda: weight of the contrastive loss")
+    parser.add_argument("--beta", type=stage.number(float, 0, 1), default=0.5, help="pretraining minimises beta * "
+                        "cross-entropy + (1 - beta) * supervised contrastive loss (paper: 0.5)")
     parser.add_argument("--temperature", type=stage.number(float, 1e-6), default=0.1, help="of the contrastive loss")
     parser.add_argument("--dro-step", type=positive, default=0.01, help="step size of Group-DRO (its authors')")
     parser.add_argument("--dro-adjustment", type=positive, default=0.0, help="C of Group-DRO's generalisation adjustment")

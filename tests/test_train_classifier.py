@@ -34,6 +34,16 @@ def test_a_batch_without_partners_has_no_contrastive_loss():
     assert supervised_contrastive(torch.eye(3), torch.tensor([0, 1, 2]), 0.1) == 0
 
 
+def test_pretraining_weighs_cross_entropy_and_the_contrastive_loss_by_beta():
+    torch.manual_seed(0)
+    logits, features, y = torch.randn(6, 2), F.normalize(torch.randn(6, 5), dim=1), torch.tensor([0, 0, 1, 1, 1, 0])
+    parts = torch.stack([F.cross_entropy(logits, y), supervised_contrastive(features, y, 0.1)])
+    for beta in (0.0, 0.1, 0.5, 1.0):
+        losses = Losses(Sized([0, 1]), 2, SimpleNamespace(beta=beta, temperature=0.1))
+        expected = torch.tensor([beta, 1 - beta]) @ parts
+        assert torch.allclose(losses.contrastive(logits, features, y, None), expected)
+
+
 class Sized:
     """The groups of a training set."""
 
