@@ -6,9 +6,9 @@
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic images, then only the
 last layer on the real, biased ones (two-stage-whole: the whole network). ffr uses cross-entropy alone, then the whole
-network; mixed and filled train once, on real and synthetic images together. erm, reweight, resample, subg, groupdro, jtt
-and dfr are baselines on real images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr fits its
-last layer to val itself. None uses test.
+network; mixed and filled train once, on real and synthetic images together. erm, reweight, resample, subg, groupdro, jtt,
+dfr and self are baselines on real images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr and
+self refit the last layer on val. None uses test. OUT/config.json says which group labels a recipe uses.
 
 Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
 (file_name, split, y, a, prediction, one probability per class), log.csv and config.json; last OUT/config.json.
@@ -23,12 +23,12 @@ from common import classifiers, files, imagefolder, models, stage
 from common.classifiers import Images, features_of, predict
 from common.files import InputError
 
-np = stage.lazy("numpy")
 torch = stage.lazy("torch")
 
-# A recipe is a list of phases: which images, how they are sampled, which loss, which weights learn. "filled" images are
-# the real ones and as many synthetic ones as bring every group to the size of the largest.
-Phase = namedtuple("Phase", "images drawn loss learns")
+# A recipe is a list of phases: which images, how they are sampled, which loss, which weights learn, and what is kept: the
+# epoch that is best on val, the last one, or of a short training its errors. "filled" images are the real ones and as
+# many synthetic ones as bring every group to the size of the largest.
+Phase = namedtuple("Phase", "images drawn loss learns keeps", defaults=["best epoch"])
 ERM = Phase("real", "shuffled", "cross_entropy", "all")
 PRETRAINED = Phase("synthetic", "shuffled", "contrastive", "all")
 RECIPES = {
@@ -37,9 +37,11 @@ RECIPES = {
     "resample": [Phase("real", "group-balanced", "cross_entropy", "all")],
     "subg": [Phase("real", "smallest group", "cross_entropy", "all")],  # Idrissi et al. 2022
     "groupdro": [Phase("real", "group-balanced", "group_dro", "all")],
-    "jtt": [Phase("real", "shuffled", "cross_entropy", "identification"),  # Liu et al. 2021, algorithm 1
+    "jtt": [Phase("real", "shuffled", "cross_entropy", "all", "errors"),  # Liu et al. 2021, algorithm 1
             Phase("real", "errors upsampled", "cross_entropy", "all")],
-    "dfr": [ERM, Phase("val", None, "logistic_regression", "last layer")],
+    "dfr": [ERM, Phase("val", None, "deep_feature_reweighting", "last layer")],
+    "self": [Phase("real", "class-balanced", "cross_entropy", "all", "last epoch"),
+             Phase("val", None, "early_stop_disagreement", "last layer")],
     "mixed": [Phase("mixed", "shuffled", "cross_entropy", "all")],
     "filled": [Phase("filled", "shuffled", "cross_entropy", "all")],
     "ffr": [Phase("synthetic", "shuffled", "cross_entropy", "all"), ERM],  # From Fake to Real, arXiv 2308.04553
@@ -47,14 +49,23 @@ RECIPES = {
                      Phase("real", "group-balanced", "group_dro", "all")],
     "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
     "two-stage-whole": [PRETRAINED, ERM],
-    "two-stage-resample": [PRETRAINED, Phase("real", "group-balanced", "cross_entropy", "last layer")],
     "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
-    "two-stage-dfr": [PRETRAINED, Phase("val", None, "logistic_regression", "last layer")],
+    "two-stage-dfr": [PRETRAINED, Phase("val", None, "deep_feature_reweighting", "last layer")],
 }
 
 
 def takes_synthetic(recipe):
     return any(phase.images in ("synthetic", "mixed", "filled") for phase in RECIPES[recipe])
+
+
+def group_labels(recipe, synthetic):
+    """The splits whose group labels a recipe uses, and for what on val; models of groups or clusters used train's."""
+    phases, config = RECIPES[recipe], files.read_json(synthetic / "config.json") if synthetic else {}
+    on_train = config.get("arguments", {}).get("models") or any(
+        phase.images == "filled" or phase.drawn in ("group-balanced", "smallest group")
+        or phase.loss in ("group_weighted", "group_dro") for phase in phases)
+    trains_on_val = phases[-1].loss == "deep_feature_reweighting"
+    return "train, " * bool(on_train) + f"val for {'training' if trains_on_val else 'selection'}"
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -68,15 +79,14 @@ class Losses:
         sizes = images.group.bincount(minlength=groups)
         self.rarity = len(images) / (sizes.clamp(min=1) * (sizes > 0).sum())  # mean 1 over the images
         self.group_weights = (sizes > 0) / (sizes > 0).sum()  # a group without training images has no weight
-        self.root_sizes = sizes.clamp(min=1).sqrt()
 
     def cross_entropy(self, logits, features, y, group):
         return torch.nn.functional.cross_entropy(logits, y)
 
     def contrastive(self, logits, features, y, group):
-        """Cross-entropy + lambda * supervised contrastive loss (paper, pretraining of the classifier)."""
+        """beta * cross-entropy + (1 - beta) * supervised contrastive loss (paper, pretraining of the classifier)."""
         supcon = supervised_contrastive(features, y, self.args.temperature)
-        return torch.nn.functional.cross_entropy(logits, y) + self.args.contrastive * supcon
+        return self.args.beta * torch.nn.functional.cross_entropy(logits, y) + (1 - self.args.beta) * supcon
 
     def group_weighted(self, logits, features, y, group):
         """Cross-entropy, each image weighted by the inverse size of its group."""
@@ -86,14 +96,13 @@ class Losses:
     def group_dro(self, logits, features, y, group):
         """Group losses weighted by exponentiated gradient ascent (Sagawa et al. 2020, algorithm 1).
 
-        As in the authors' code, a group without an image in the batch has loss 0, and the generalisation adjustment
-        C / sqrt(size) (section 3.3) is added to the losses that move the weights.
+        As in the authors' code, a group without an image in the batch has loss 0.
         """
         weights = self.group_weights
         member = torch.nn.functional.one_hot(group, len(weights)).float()
         losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         losses = member.T @ losses / member.sum(0).clamp(min=1)
-        weights.mul_((self.args.dro_step * (losses.detach().cpu() + self.args.dro_adjustment / self.root_sizes)).exp())
+        weights.mul_((self.args.dro_step * losses.detach().cpu()).exp())
         weights.div_(weights.sum())
         return losses @ weights.to(losses)
 
@@ -115,22 +124,21 @@ def supervised_contrastive(features, y, temperature):
 
 
 def train_phase(model, phase, images, val, losses, args, seed, log):
-    """Trains the weights that the phase lets learn, and keeps those of the epoch that was best on val.
+    """Trains the weights that the phase lets learn, and keeps those of the epoch that was best on val, or the last.
 
-    Returns the worst-group accuracy on val. An identification phase (JTT) keeps the weights of its last epoch.
+    Returns the worst-group accuracy on val, and the class probabilities (N, C) on val after each epoch.
     Raises FloatingPointError at the first epoch whose loss is not finite.
     """
     device = next(model.parameters()).device
     last_layer = phase.learns == "last layer"
     learning = model.last_layer if last_layer else model
-    identifies = phase.learns == "identification"
     epochs, rate = (args.last_layer_epochs, args.last_layer_rate) if last_layer else (
-        args.jtt_epochs if identifies else args.epochs, args.learning_rate)
+        args.jtt_epochs if phase.keeps == "errors" else args.epochs, args.learning_rate)
     optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     if last_layer:  # the backbone is frozen, batch statistics included: its features are computed once
         features, val_features = (features_of(model, part, args.resolution) for part in (images, val))
-    loss_of, best, kept = getattr(losses, phase.loss), -1.0, None
+    loss_of, best, kept, history = getattr(losses, phase.loss), -1.0, None, []
     for epoch in range(epochs):
         model.train(not last_layer)
         total = 0.0
@@ -155,63 +163,17 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             raise FloatingPointError(f"seed {seed}: loss is {total} in epoch {epoch} on {phase.images} images "
                                      f"(learning rate {rate:g}, batch {args.batch})")
         schedule.step()
-        logits = model.last_layer(val_features).cpu() if last_layer else predict(model, val, args.resolution)
-        accuracies = imagefolder.group_accuracies(val.rows, logits.argmax(1).tolist())
+        history.append(model.last_layer(val_features).softmax(1).detach().cpu() if last_layer
+                       else predict(model, val, args.resolution))
+        accuracies = imagefolder.group_accuracies(val.rows, history[-1].argmax(1).tolist())
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(min(accuracies.values()), 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
-        if identifies or min(accuracies.values()) > best:
+        if phase.keeps != "best epoch" or min(accuracies.values()) > best:
             best = min(accuracies.values())
             kept = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
-    return best
-
-
-def fit_last_layer(model, val, args, seed):
-    """Deep feature reweighting (Kirichenko et al. 2023, section 5): the last layer anew, on balanced parts of val.
-
-    L1 logistic regression on standardised features; its strength is chosen on the other half of val, and the layer is
-    the mean of 20 fits, as in the authors' code. Returns the chosen strength's worst-group accuracy on that half.
-    """
-    from sklearn.linear_model import LogisticRegression  # takes seconds to import
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.preprocessing import StandardScaler
-
-    features = features_of(model, val, args.resolution).cpu().numpy()
-    y, group = val.y.numpy(), val.group.numpy()
-    rng = np.random.default_rng(stage.seed_of(seed, "dfr"))
-
-    def balanced(indices):
-        parts = [rng.permutation(indices[group[indices] == g]) for g in np.unique(group[indices])]
-        return np.concatenate([part[:min(map(len, parts))] for part in parts])
-
-    def fit(indices, strength):
-        scaler = StandardScaler().fit(features[indices])
-        layers = OneVsRestClassifier(LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0))
-        layers.fit(scaler.transform(features[indices]), y[indices])
-        weight = np.concatenate([one.coef_ for one in layers.estimators_]) / scaler.scale_
-        bias = np.concatenate([one.intercept_ for one in layers.estimators_]) - weight @ scaler.mean_
-        if len(layers.classes_) == 2:  # one regression separates two classes
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        return weight, bias
-
-    order = rng.permutation(len(y))
-    half, other = order[:len(order) // 2], order[len(order) // 2:]
-    if not set(y[half]) == set(y[other]) == set(y):
-        raise InputError(args.data, "has too few val images: one half of them lacks a class", "add some")
-
-    def worst_group(layer):
-        correct = (features[other] @ layer[0].T + layer[1]).argmax(1) == y[other]
-        return min(correct[group[other] == g].mean() for g in np.unique(group[other]))
-
-    scores = {strength: worst_group(fit(balanced(half), strength))
-              for strength in (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)}
-    strength = max(scores, key=scores.get)
-    layers = [fit(balanced(np.arange(len(y))), strength) for _ in range(20)]
-    with torch.no_grad():
-        for parameter, values in zip((model.last_layer.weight, model.last_layer.bias), zip(*layers)):
-            parameter.copy_(torch.from_numpy(np.mean(values, axis=0)))
-    return scores[strength]
+    return best, history
 
 
 def train(phases, images, val, groups, classes, device, args, seed, log):
@@ -221,12 +183,12 @@ def train(phases, images, val, groups, classes, device, args, seed, log):
         if phase is phases[0] or phase.drawn == "errors upsampled":  # JTT's second model is a new one
             torch.manual_seed(stage.seed_of(seed))  # a seed's initial weights are the same for every recipe
             model = classifiers.new_classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
-        if phase.loss == "logistic_regression":
-            best = fit_last_layer(model, val, args, seed)
+        if phase.images == "val":
+            best = getattr(classifiers, phase.loss)(model, val, history, args, seed)
         else:
             losses = Losses(images[phase.images], groups, args)
-            best = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
-        if phase.learns == "identification":
+            best, history = train_phase(model, phase, images[phase.images], val, losses, args, seed, log)
+        if phase.keeps == "errors":
             real.errors = predict(model, real, args.resolution).argmax(1) != real.y
             print(f"{args.out.name} seed {seed}: {real.errors.sum()} of {len(real)} images are upsampled")
     return model, best
@@ -281,7 +243,7 @@ def main(argv=None):
         return 1
     if shards == 1:
         stage.remove_other_units(args.out, {f"seed{seed}" for seed in args.seeds})
-        stage.finish(args.out, args, key, inputs, digests=digests)
+        stage.finish(args.out, args, key, inputs, digests=digests, group_labels=group_labels(args.recipe, args.synthetic))
 
 
 def parse(argv=None):
@@ -306,13 +268,15 @@ def parse(argv=None):
     parser.add_argument("--last-layer-rate", type=positive, default=0.001, help="learning rate of the last-layer phase")
     parser.add_argument("--weight-decay", type=positive, default=1e-4, help="weight decay of SGD")
     parser.add_argument("--batch", type=stage.number(int, 2), default=64, help="images per step")
-    parser.add_argument("--contrastive", type=positive, default=0.5, help="lambda: weight of the contrastive loss")
+    parser.add_argument("--beta", type=stage.number(float, 0, 1), default=0.5, help="pretraining minimises beta * "
+                        "cross-entropy + (1 - beta) * supervised contrastive loss (paper: 0.5)")
     parser.add_argument("--temperature", type=stage.number(float, 1e-6), default=0.1, help="of the contrastive loss")
     parser.add_argument("--dro-step", type=positive, default=0.01, help="step size of Group-DRO (its authors')")
-    parser.add_argument("--dro-adjustment", type=positive, default=0.0, help="C of Group-DRO's generalisation adjustment")
     parser.add_argument("--jtt-epochs", type=count, default=2, help="epochs of JTT's first model")
     parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often JTT's second model sees the first's "
                         "errors per epoch")
+    parser.add_argument("--self-points", type=count, nargs="+", default=[20, 100, 500], help="numbers of val images that "
+                        "SELF's last layer is tuned on; the best on the rest of val is kept (its authors')")
     models.add_device_flags(parser, precision=False)
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: train every n-th seed, from the i-th on")
     args = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """The classifier network, the images that it sees, and its predictions."""
 
 import copy
+import itertools
 
 from common import imagefolder, stage
 from common.files import InputError
@@ -91,13 +92,17 @@ class Images:
         elif drawn == "errors upsampled":  # the first model's errors appear `upsampling` times per epoch
             order = torch.arange(len(self)).repeat_interleave(1 + (upsampling - 1) * self.errors.long())
             order = order[torch.randperm(len(order), generator=rng)]
-        else:  # group-balanced: resampling with replacement, every group equally often
-            weights = 1 / self.group.bincount().float()
-            order = torch.multinomial(weights[self.group], len(self), replacement=True, generator=rng)
+        else:
+            order = equally_often({"class-balanced": self.y, "group-balanced": self.group}[drawn], rng)
         batches = list(order.split(size))
         if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot learn from one image
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
+
+
+def equally_often(labels, rng):
+    """As many indices as there are labels (N,), drawn with replacement, every label equally often."""
+    return torch.multinomial((1 / labels.bincount().double())[labels], len(labels), replacement=True, generator=rng)
 
 
 def random_crops(pixels, size):
@@ -131,3 +136,109 @@ def predict(model, images, size):
     """Class probabilities (N, C) on the CPU."""
     with torch.no_grad():
         return model.last_layer(features_of(model, images, size)).softmax(1).cpu()
+
+
+# -------------------------------------------------------------------------------- the last layer, refitted on val
+
+
+def halves(count, rng):
+    """Two random halves of range(count): one to learn from, one to choose settings by. As DFR and SELF do."""
+    return np.split(rng.permutation(count), [count // 2])
+
+
+def worst_group(correct, group):
+    """The worst accuracy of a group; correct: (N,) bool, group: (N,)."""
+    return min(correct[group == g].mean() for g in np.unique(group))
+
+
+def deep_feature_reweighting(model, val, history, args, seed):
+    """Deep feature reweighting (Kirichenko et al. 2023, section 5): the last layer anew, on balanced parts of val.
+
+    L1 logistic regression on standardised features; its strength is chosen on the other half of val, and the layer is
+    the mean of 20 fits, as in the authors' code. Returns the chosen strength's worst-group accuracy on that half.
+    """
+    from sklearn.linear_model import LogisticRegression  # takes seconds to import
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    features = features_of(model, val, args.resolution).cpu().numpy()
+    y, group = val.y.numpy(), val.group.numpy()
+    rng = np.random.default_rng(stage.seed_of(seed, "dfr"))
+
+    def balanced(indices):
+        parts = [rng.permutation(indices[group[indices] == g]) for g in np.unique(group[indices])]
+        return np.concatenate([part[:min(map(len, parts))] for part in parts])
+
+    def fit(indices, strength):
+        scaler = StandardScaler().fit(features[indices])
+        layers = OneVsRestClassifier(LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0))
+        layers.fit(scaler.transform(features[indices]), y[indices])
+        weight = np.concatenate([one.coef_ for one in layers.estimators_]) / scaler.scale_
+        bias = np.concatenate([one.intercept_ for one in layers.estimators_]) - weight @ scaler.mean_
+        if len(layers.classes_) == 2:  # one regression separates two classes
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return weight, bias
+
+    half, other = halves(len(y), rng)
+    if not set(y[half]) == set(y[other]) == set(y):
+        raise InputError(args.data, "has too few val images: one half of them lacks a class", "add some")
+
+    def score(layer):
+        return worst_group((features[other] @ layer[0].T + layer[1]).argmax(1) == y[other], group[other])
+
+    scores = {strength: score(fit(balanced(half), strength))
+              for strength in (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)}
+    strength = max(scores, key=scores.get)
+    layers = [fit(balanced(np.arange(len(y))), strength) for _ in range(20)]
+    with torch.no_grad():
+        for parameter, values in zip((model.last_layer.weight, model.last_layer.bias), zip(*layers)):
+            parameter.copy_(torch.from_numpy(np.mean(values, axis=0)))
+    return scores[strength]
+
+
+def early_stop_disagreement(model, val, history, args, seed):
+    """SELF (LaBonte et al. 2023): the last layer, tuned on the points of val whose prediction changed most in training.
+
+    As in the authors' code (tmlabonte/last-layer-retraining, 40612d4, "early-stop disagreement"): the points are chosen
+    from one half of val without any label; class-balanced batches of them tune ERM's layer for 250 steps; the number of
+    points, the learning rate and the early epoch (10, 20 or 50 % of all) are those with the best worst group on the other
+    half, which alone needs group labels. Ours: images are not augmented, and the backbone's batch statistics are frozen.
+    history: class probabilities (N, C) on val after each epoch. Returns the chosen worst-group accuracy.
+    """
+    features, best = features_of(model, val, args.resolution), -1.0
+    half, other = halves(len(val.y), np.random.default_rng(stage.seed_of(seed, "self")))
+    for points, rate, share in itertools.product(args.self_points, (1e-4, 1e-3, 1e-2), (0.1, 0.2, 0.5)):
+        early = history[max(round(share * len(history)), 1) - 1]
+        chosen = half[disagreeing(early[half], history[-1][half], points).numpy()]
+        rng = torch.Generator().manual_seed(stage.seed_of(seed, "self", points, rate, share))
+        layer = tuned(model.last_layer, features[chosen], val.y[chosen], rate, args, rng)
+        correct = layer(features[other]).argmax(1).cpu() == val.y[other]
+        score = worst_group(correct.numpy(), val.group[other].numpy())
+        if score >= best:  # of equals the last, as in the authors' code
+            best, kept = score, layer
+    model.last_layer = kept
+    return best
+
+
+def disagreeing(early, final, points):
+    """The rows, at most `points`, at which two models' class probabilities (N, C) differ most, by KL(early || final)."""
+    final = final.clamp(min=torch.finfo(final.dtype).tiny)  # log 0 would make the divergence of equal points NaN
+    divergence = torch.nn.functional.kl_div(final.log(), early, reduction="none").mean(1)
+    return divergence.topk(min(points, len(divergence))).indices
+
+
+def tuned(layer, features, y, rate, args, rng, steps=250):
+    """A copy of the layer, trained on class-balanced batches of features (N, D), y (N,).
+
+    SGD without momentum: the authors' code sets one, but where torch does not read it.
+    """
+    layer, batches = copy.deepcopy(layer), []
+    optimizer = torch.optim.SGD(layer.parameters(), rate, weight_decay=args.weight_decay)
+    while len(batches) < steps:
+        batches += equally_often(y, rng).split(args.batch)
+    for batch in batches[:steps]:
+        loss = torch.nn.functional.cross_entropy(layer(features[batch]), y[batch].to(features.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return layer

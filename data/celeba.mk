@@ -15,7 +15,7 @@ LORA       ?= --steps 2000 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 2000 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
 COMPOSITIONAL ?= --steps 8000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-4, weight decay 1e-4, 50 epochs, random
-# crops and flips at 224 pixels. The contrastive weight is ours.
+# crops and flips at 224 pixels.
 EPOCHS     ?= 50
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 128 \
   --learning-rate 1e-4 --weight-decay 1e-4

@@ -17,7 +17,7 @@ DREAMBOOTH ?= --steps 800 --batch 1 --learning-rate 5e-6 --prior-weight 1 --grad
 # ours, in the spirit of the miniature's
 COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-3, weight decay 1e-4, 224 of 256 pixels,
-# random crops and flips; they train for 300 epochs, ours are 100. The contrastive weight is ours.
+# random crops and flips; they train for 300 epochs, ours are 100.
 EPOCHS     ?= 100
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --load-size 256 --augment crop-flip --batch 128 \
   --learning-rate 1e-3 --weight-decay 1e-4

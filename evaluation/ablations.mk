@@ -1,8 +1,8 @@
 # `make ablate` compares recipes that differ from clustered in one setting: a table and a figure each.
-ABLATIONS         = clusters clip-threshold lambda images second-stage prior
+ABLATIONS         = clusters clip-threshold beta images second-stage prior
 clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
 clip-threshold.of = clustered-clip0 clustered clustered-clip0.5 clustered-clip0.9
-lambda.of         = lambda0+clustered lambda0.1+clustered clustered lambda1+clustered
+beta.of           = beta1+clustered beta0.9+clustered clustered beta0.1+clustered
 images.of         = clustered-images50 clustered-images100 clustered clustered-images500
 second-stage.of   = clustered two-stage-whole+clustered
 prior.of          = clustered clustered-no-prior
@@ -29,10 +29,10 @@ clustered-images50.generate  = --images 50 --models $(RUN)/models/clustered
 clustered-images100.generate = --images 100 --models $(RUN)/models/clustered
 clustered-images500.generate = --images 500 --models $(RUN)/models/clustered
 
-# Another weight of the contrastive loss.
-lambda0.recipe   = two-stage --contrastive 0
-lambda0.1.recipe = two-stage --contrastive 0.1
-lambda1.recipe   = two-stage --contrastive 1
+# Another weight of cross-entropy against the contrastive loss; 1: cross-entropy alone.
+beta1.recipe   = two-stage --beta 1
+beta0.9.recipe = two-stage --beta 0.9
+beta0.1.recipe = two-stage --beta 0.1
 
 ablation = evaluate.py --data $(DATA) --keep-order --references clustered --classifiers $(call classifiers,$($1.of))
 $(addprefix $(RUN)/clusters-,$(addsuffix /config.json,k1 k2 k5 k10 k5-rare)): $(RUN)/%/config.json: $$(call needs,$$(call cluster,$$*))

@@ -160,7 +160,7 @@ NUMBERS = {
     "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
     "generate.py": "images steps guidance-scale clip-threshold max-tries batch seed",
-    "train_classifier.py": "resolution epochs learning-rate weight-decay batch temperature dro-step jtt-upsampling",
+    "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature dro-step jtt-upsampling",
     "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
 }

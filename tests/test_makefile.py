@@ -143,7 +143,7 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(ho
     assert "--prior" in made["models/clustered-k10"] and "--prior" not in made["models/clustered-no-prior"]
     assert "--clip-threshold 0.9 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-clip0.9"]
     assert "--images 50 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-images50"]
-    for recipe, flags in (("lambda0", "two-stage --contrastive 0"), ("two-stage-whole", "two-stage-whole")):
+    for recipe, flags in (("beta0.9", "two-stage --beta 0.9"), ("two-stage-whole", "two-stage-whole")):
         assert f"--recipe {flags} --synthetic runs/digits-0.95/synthetic/clustered " in made[
             f"classifiers/{recipe}+clustered"]
     assert "--classifiers runs/digits-0.95/classifiers/clustered runs/digits-0.95/classifiers/clustered-no-prior " in \

@@ -9,9 +9,9 @@ import torch
 from conftest import files_of, make_dataset, run, start
 from torch.nn import functional as F
 
-from common import files, imagefolder
-from common.classifiers import Images
-from train_classifier import RECIPES, Losses, fit_last_layer, supervised_contrastive, takes_synthetic
+from common import files, imagefolder, stage
+from common.classifiers import Images, deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
+from train_classifier import RECIPES, Losses, group_labels, supervised_contrastive, takes_synthetic
 
 QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
 
@@ -34,6 +34,16 @@ def test_a_batch_without_partners_has_no_contrastive_loss():
     assert supervised_contrastive(torch.eye(3), torch.tensor([0, 1, 2]), 0.1) == 0
 
 
+def test_pretraining_weighs_cross_entropy_and_the_contrastive_loss_by_beta():
+    torch.manual_seed(0)
+    logits, features, y = torch.randn(6, 2), F.normalize(torch.randn(6, 5), dim=1), torch.tensor([0, 0, 1, 1, 1, 0])
+    parts = torch.stack([F.cross_entropy(logits, y), supervised_contrastive(features, y, 0.1)])
+    for beta in (0.0, 0.1, 0.5, 1.0):
+        losses = Losses(Sized([0, 1]), 2, SimpleNamespace(beta=beta, temperature=0.1))
+        expected = torch.tensor([beta, 1 - beta]) @ parts
+        assert torch.allclose(losses.contrastive(logits, features, y, None), expected)
+
+
 class Sized:
     """The groups of a training set."""
 
@@ -45,7 +55,7 @@ class Sized:
 
 
 def test_group_dro_follows_algorithm_1():
-    losses = Losses(Sized([0, 1, 2, 2]), 3, SimpleNamespace(dro_step=0.5, dro_adjustment=0))
+    losses = Losses(Sized([0, 1, 2, 2]), 3, SimpleNamespace(dro_step=0.5))
     logits, y, group = torch.tensor([[2., 0.], [0., 1.], [0., 0.]]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
     each = F.cross_entropy(logits, y, reduction="none")
     means = torch.stack([each[0], torch.tensor(0.), (each[1] + each[2]) / 2])
@@ -58,7 +68,7 @@ def test_group_dro_follows_algorithm_1():
 
 def test_group_dro_gives_the_numbers_of_spuco():
     """Recorded from GroupWeightedLoss of spuco 2.0.3 (pip), step size 0.1, on these three batches."""
-    losses, given = Losses(Sized([0, 1, 2, 3]), 4, SimpleNamespace(dro_step=0.1, dro_adjustment=0)), []
+    losses, given = Losses(Sized([0, 1, 2, 3]), 4, SimpleNamespace(dro_step=0.1)), []
     for step in range(3):
         rng = np.random.default_rng(step)
         logits = torch.tensor(rng.normal(size=(8, 2)), dtype=torch.float32)
@@ -69,16 +79,9 @@ def test_group_dro_gives_the_numbers_of_spuco():
 
 
 def test_a_group_without_training_images_has_no_weight_in_group_dro():
-    losses = Losses(Sized([0] * 9 + [2]), 3, SimpleNamespace(dro_step=1, dro_adjustment=5))
+    losses = Losses(Sized([0] * 9 + [2]), 3, SimpleNamespace(dro_step=1))
     losses.group_dro(torch.zeros(2, 2), None, torch.tensor([0, 1]), torch.tensor([0, 2]))
     assert losses.group_weights[1] == 0 and losses.group_weights.sum() == pytest.approx(1)
-
-
-def test_the_generalisation_adjustment_moves_weight_to_small_groups():
-    losses = Losses(Sized([0] * 100 + [1] * 4), 2, SimpleNamespace(dro_step=1, dro_adjustment=2))
-    losses.group_dro(torch.zeros(2, 2), None, torch.tensor([0, 1]), torch.tensor([0, 1]))
-    expected = torch.tensor([2 / 10, 2 / 2]).softmax(0)  # exp of C / sqrt(size), the losses being alike
-    assert torch.allclose(losses.group_weights, expected)
 
 
 def sized_images(groups):
@@ -127,7 +130,7 @@ def test_deep_feature_reweighting_drops_the_feature_that_only_the_training_set_r
     model = torch.nn.Module()
     model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(2 * classes, classes)
     val = SimpleNamespace(pixels=(features[:, :, None, None] + 1) * 127.5, y=y, group=y * classes + a)
-    assert fit_last_layer(model, val, SimpleNamespace(resolution=1), 0) > 0.9
+    assert deep_feature_reweighting(model, val, None, SimpleNamespace(resolution=1), 0) > 0.9
     weight = model.last_layer.weight.abs()
     assert weight[:, :classes].diagonal().min() > 5 * weight[:, classes:].max()
 
@@ -146,11 +149,94 @@ def test_deep_feature_reweighting_gives_the_layer_of_spuco(seed, weight, bias):
     model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(3, 2)
     pixels = (torch.tensor(features, dtype=torch.float32)[:, :, None, None] + 1) * 127.5
     val = SimpleNamespace(pixels=pixels, y=torch.tensor(y), group=torch.tensor(2 * y + a))
-    fit_last_layer(model, val, SimpleNamespace(resolution=1), seed)
+    deep_feature_reweighting(model, val, None, SimpleNamespace(resolution=1), seed)
     ours = (model.last_layer.weight[1] - model.last_layer.weight[0]).detach().numpy()
     assert ours * scaler.scale_ == pytest.approx(weight, abs=1e-3)
     shift = (model.last_layer.bias[1] - model.last_layer.bias[0]).item()
     assert shift + ours @ scaler.mean_ == pytest.approx(bias, abs=1e-3)
+
+
+def self_inputs(classes):
+    """y (200,), features (200, 6), and two last layers (C, 6 + 1), the early-stopped model's and the final one's."""
+    rng = np.random.default_rng(0)
+    y, a = rng.integers(0, classes, (2, 200))
+    features = np.eye(classes)[y] @ rng.normal(size=(classes, 6)) + np.eye(classes)[a] @ rng.normal(size=(classes, 6))
+    features += rng.normal(size=(200, 6)) / 2
+    layers = []
+    for values in torch.from_numpy(rng.normal(size=(2, classes, 7)).astype(np.float32)):
+        layers.append(torch.nn.Linear(6, classes))
+        layers[-1].load_state_dict({"weight": values[:, :-1], "bias": values[:, -1]})
+    return torch.from_numpy(y), torch.from_numpy(features.astype(np.float32)), *layers
+
+
+@pytest.mark.parametrize("classes, points, seed, picked, weight, bias", (
+    (2, 20, 0, "195 47 157 75 183 191 25 167 64 35 99 18 187 8 153 160 179 94 53 60",
+     ((-1.3614658, 0.5559578, 0.4022739, 0.2528242, 0.9266841, 0.5883560),
+      (-0.1339454, -0.7746089, -0.3337800, 0.3545240, 0.8434165, 1.0452765)), (-0.1365359, 1.2701590)),
+    (3, 50, 1, "94 61 84 112 22 142 28 9 31 21 134 108 123 136 83 176 185 139 150 23 103 119 74 97 101 17 125 138 54 197 "
+               "172 18 19 140 133 16 80 180 20 153 24 29 130 34 106 43 86 71 8 158",
+     ((0.0807072, -0.5456753, -0.1595623, -1.5128601, 0.6319953, -0.6736302),
+      (0.9679407, 1.5975547, -0.8522710, 1.1343775, -0.8509457, -2.1438086),
+      (0.9690267, 0.2172024, 0.5220753, 0.0204931, 0.7808569, 0.0047457)), (-2.7327652, -0.2739989, -0.5407024))))
+def test_self_picks_the_points_and_gives_the_layer_of_its_authors(classes, points, seed, picked, weight, bias):
+    """Recorded from the authors' code (tmlabonte/last-layer-retraining, 40612d4) on the same inputs.
+
+    Their Disagreement datamodule split the 200 points, chose and drew from the chosen; their Model gave loss and optimizer.
+    PyTorch Lightning was replaced by a loop, the network by its last layer, and the sampler was given the seed.
+    """
+    y, features, early, final = self_inputs(classes)
+    held = np.arange(200)
+    np.random.default_rng(seed).shuffle(held)
+    held = held[:100]
+    with torch.no_grad():
+        chosen = held[disagreeing(*(layer(features[held]).softmax(1) for layer in (early, final)), points)]
+    assert chosen.tolist() == [int(index) for index in picked.split()]
+    layer = tuned(final, features[chosen], y[chosen], 0.01, SimpleNamespace(batch=32, weight_decay=1e-4),
+                  torch.Generator().manual_seed(seed))
+    assert layer.weight.detach().numpy() == pytest.approx(np.array(weight), abs=1e-5)
+    assert layer.bias.tolist() == pytest.approx(bias, abs=1e-5)
+
+
+def test_self_disagreement_is_the_kl_divergence_of_the_early_from_the_final_model():
+    early, final = np.random.default_rng(0).dirichlet((1, 1, 1), (2, 30))
+    divergence = (early * np.log(early / final)).sum(1)
+    found = disagreeing(torch.from_numpy(early), torch.from_numpy(final), 5)
+    assert found.tolist() == np.argsort(-divergence)[:5].tolist()
+    assert len(disagreeing(torch.from_numpy(early), torch.from_numpy(final), 500)) == 30
+    early, final = torch.tensor([[1.0, 0.0], [0.6, 0.4]]), torch.tensor([[1.0, 0.0], [0.4, 0.6]])
+    assert disagreeing(early, final, 1) == 1  # sure of the same class is no disagreement
+
+
+def test_self_reads_no_group_label_of_the_half_of_val_that_it_trains_on():
+    y, features, early, final = self_inputs(2)
+    model, weights = torch.nn.Module(), []
+    half = np.random.default_rng(stage.seed_of(0, "self")).permutation(200)[:100]
+    for groups in (y, y.clone().index_fill(0, torch.from_numpy(half), 3)):
+        model.backbone, model.last_layer = torch.nn.Flatten(), final
+        val = SimpleNamespace(pixels=(features[:, :, None, None] + 1) * 127.5, y=y, group=groups)
+        history = [layer(features).softmax(1).detach() for layer in (early, final)]
+        args = SimpleNamespace(resolution=1, self_points=[20, 100], batch=32, weight_decay=1e-4)
+        assert early_stop_disagreement(model, val, history, args, 0) > 0.5
+        weights.append(model.last_layer.weight)
+    assert torch.equal(*weights) and not torch.equal(weights[0], final.weight)
+
+
+def test_a_class_balanced_epoch_has_every_class_equally_often():
+    images = sized_images([0] * 900 + [1] * 100)
+    drawn = torch.cat(images.batches("class-balanced", 64, torch.Generator().manual_seed(0)))
+    assert len(drawn) == 1000 and 450 < (images.y[drawn] == 1).sum() < 550
+
+
+@pytest.mark.parametrize("recipe, models, expected", (
+    ("erm", None, "val for selection"), ("jtt", None, "val for selection"), ("self", None, "val for selection"),
+    ("groupdro", None, "train, val for selection"), ("reweight", None, "train, val for selection"),
+    ("resample", None, "train, val for selection"), ("subg", None, "train, val for selection"),
+    ("dfr", None, "val for training"), ("two-stage", None, "val for selection"),
+    ("two-stage", "runs/x/models/lora", "train, val for selection"), ("filled", None, "train, val for selection"),
+    ("two-stage-dfr", "runs/x/models/lora", "train, val for training")))
+def test_a_recipe_states_whose_group_labels_it_uses(recipe, models, expected, tmp_path):
+    files.write_json(tmp_path / "config.json", {"arguments": {"models": models}})
+    assert group_labels(recipe, tmp_path if takes_synthetic(recipe) else None) == expected
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -160,6 +246,7 @@ def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_b
     for name in "ab":
         run(*args, "--out", tmp_path / name)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert files.read_json(tmp_path / "a" / "config.json")["group_labels"].split(", ")[-1].startswith("val for ")
     with open(tmp_path / "a" / "seed0" / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     wanted = [row for split in ("val", "test") for row in imagefolder.read_metadata(dataset, split)]
