@@ -49,7 +49,6 @@ RECIPES = {
                      Phase("real", "group-balanced", "group_dro", "all")],
     "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
     "two-stage-whole": [PRETRAINED, ERM],
-    "two-stage-resample": [PRETRAINED, Phase("real", "group-balanced", "cross_entropy", "last layer")],
     "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
     "two-stage-dfr": [PRETRAINED, Phase("val", None, "deep_feature_reweighting", "last layer")],
 }
@@ -80,7 +79,6 @@ class Losses:
         sizes = images.group.bincount(minlength=groups)
         self.rarity = len(images) / (sizes.clamp(min=1) * (sizes > 0).sum())  # mean 1 over the images
         self.group_weights = (sizes > 0) / (sizes > 0).sum()  # a group without training images has no weight
-        self.root_sizes = sizes.clamp(min=1).sqrt()
 
     def cross_entropy(self, logits, features, y, group):
         return torch.nn.functional.cross_entropy(logits, y)
@@ -98,14 +96,13 @@ class Losses:
     def group_dro(self, logits, features, y, group):
         """Group losses weighted by exponentiated gradient ascent (Sagawa et al. 2020, algorithm 1).
 
-        As in the authors' code, a group without an image in the batch has loss 0, and the generalisation adjustment
-        C / sqrt(size) (section 3.3) is added to the losses that move the weights.
+        As in the authors' code, a group without an image in the batch has loss 0.
         """
         weights = self.group_weights
         member = torch.nn.functional.one_hot(group, len(weights)).float()
         losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         losses = member.T @ losses / member.sum(0).clamp(min=1)
-        weights.mul_((self.args.dro_step * (losses.detach().cpu() + self.args.dro_adjustment / self.root_sizes)).exp())
+        weights.mul_((self.args.dro_step * losses.detach().cpu()).exp())
         weights.div_(weights.sum())
         return losses @ weights.to(losses)
 
@@ -275,7 +272,6 @@ def parse(argv=None):
                         "cross-entropy + (1 - beta) * supervised contrastive loss (paper: 0.5)")
     parser.add_argument("--temperature", type=stage.number(float, 1e-6), default=0.1, help="of the contrastive loss")
     parser.add_argument("--dro-step", type=positive, default=0.01, help="step size of Group-DRO (its authors')")
-    parser.add_argument("--dro-adjustment", type=positive, default=0.0, help="C of Group-DRO's generalisation adjustment")
     parser.add_argument("--jtt-epochs", type=count, default=2, help="epochs of JTT's first model")
     parser.add_argument("--jtt-upsampling", type=count, default=20, help="how often JTT's second model sees the first's "
                         "errors per epoch")

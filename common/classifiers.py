@@ -222,6 +222,7 @@ def early_stop_disagreement(model, val, history, args, seed):
 
 def disagreeing(early, final, points):
     """The rows, at most `points`, at which two models' class probabilities (N, C) differ most, by KL(early || final)."""
+    final = final.clamp(min=torch.finfo(final.dtype).tiny)  # log 0 would make the divergence of equal points NaN
     divergence = torch.nn.functional.kl_div(final.log(), early, reduction="none").mean(1)
     return divergence.topk(min(points, len(divergence))).indices
 
