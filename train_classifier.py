@@ -26,8 +26,8 @@ from common.files import InputError
 torch = stage.lazy("torch")
 
 # A recipe is a list of phases: which images, how they are sampled, which loss, which weights learn, and what is kept: the
-# epoch that is best on val, the last one, or of a short training its errors. "filled" images are the real ones and as
-# many synthetic ones as bring every group to the size of the largest.
+# best epoch on val, the last epoch, or the errors of a short training (JTT). "filled" images are the real ones and as many
+# synthetic ones as bring every group to the size of the largest.
 Phase = namedtuple("Phase", "images drawn loss learns keeps", defaults=["best epoch"])
 ERM = Phase("real", "shuffled", "cross_entropy", "all")
 PRETRAINED = Phase("synthetic", "shuffled", "contrastive", "all")
@@ -59,7 +59,10 @@ def takes_synthetic(recipe):
 
 
 def group_labels(recipe, synthetic):
-    """The splits whose group labels a recipe uses, and for what on val; models of groups or clusters used train's."""
+    """Which group labels a recipe uses, such as "train, val for selection".
+
+    Its images count: generative models that were fine-tuned on groups or clusters needed the training set's labels.
+    """
     phases, config = RECIPES[recipe], files.read_json(synthetic / "config.json") if synthetic else {}
     on_train = config.get("arguments", {}).get("models") or any(
         phase.images == "filled" or phase.drawn in ("group-balanced", "smallest group")
