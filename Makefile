@@ -5,8 +5,9 @@ DATASET      ?= digits
 -include data/$(DATASET).mk
 LOADER       ?= $(DATASET)
 BIAS         ?= 0.95
-BIASES       ?= 0.5 0.8 0.9 0.95 0.99 1
+BIASES       ?= 0.5 0.8 0.9 0.95 0.99 0.995 1
 RECIPES      ?= erm resample groupdro vanilla lora dreambooth clustered
+REFERENCES   ?= erm groupdro
 SEEDS        ?= 0 1 2
 MODEL_SEEDS  ?= 0
 BASE         ?= base/miniature
@@ -19,7 +20,7 @@ SHARDS       ?= 1
 KEEP_WEIGHTS ?= yes
 PYTHON       ?= python3
 # Further flags of a stage, as its --help lists them: PREPARE PRETRAIN CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL
-# GENERATE CLASSIFIER. LAUNCH stands before every command, for example LAUNCH="srun --gpus=1".
+# EMBED GENERATE CLASSIFIER. LAUNCH stands before every command, for example LAUNCH="srun --gpus=1".
 # Validated and normalised (BIAS=.950 becomes 0.95) before anything runs. STALE: folders whose files or inputs changed.
 quoted   = '$(subst ','\'',$1)'
 SETTLED := $(shell $(PYTHON) common/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s,DATASET BIAS BIASES \
@@ -43,17 +44,19 @@ DATA     = data/$(DATASET)-$(BIAS)
 RUN      = $(call run_of,$(firstword $(MODEL_SEEDS)))
 run_of   = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$1))
 SEED     = --seed $(firstword $(MODEL_SEEDS))
+EMBEDDED = runs/$(DATASET)-$(BIAS)/embeddings
 prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
-pretrain = base/pretrain.py $(PRETRAIN)
-cluster  = cluster.py --data $(DATA) --clip "$(CLIP)" $(SEED) $(CLUSTER) $($1.cluster)
+embed    = data/embed.py --data $(DATA) --clip "$(CLIP)" $(EMBED)
+cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) $(SEED) $(CLUSTER) $($1.cluster)
 finetune = finetune.py --base "$(BASE)" $(SEED) $($1.finetune)
-generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --images $(IMAGES) $(SEED) $(GENERATE) $($1.generate) \
+generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embeddings $(EMBEDDED) --images $(IMAGES) $(SEED) \
+  $(GENERATE) $($1.generate) \
   $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
 classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
   --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
-measure  = evaluation/images.py --data $(DATA) --clip "$(CLIP)" --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
-evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
-  $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%) --images $(RUN)/images)
+measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
+evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
+  $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
 method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$(if $(filter ffr ffr-groupdro,$1),vanilla))
 recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
@@ -63,7 +66,7 @@ DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
 # ---- the stages: a folder is made by its command, and made again when what it needs has changed -----------------
 # (its script, shared code, the folders among its flags, or the command). $$ delays expansion until $*, its name, is known.
 needs = $(firstword $1) $(filter-out common/make.py,$(wildcard common/*.py)) $(call other,$1) \
-  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1) $(if $(findstring base/miniature,$1),base/miniature))
+  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1))
 other = $(if $(subst |$(strip $1)|,,|$(strip $(file <$(@D)/command))|),FORCE)
 define run
 $(if $(filter-out 1,$(SHARDS)),$(if $(filter finetune.py generate.py train_classifier.py,$1),trap 'kill $$(jobs -p)' INT TERM; \
@@ -74,10 +77,10 @@ endef
 dry  := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 .SECONDEXPANSION:
 include evaluation/ablations.mk
-base/miniature/config.json: base/pretrain.py $$(call other,$$(pretrain)) | $(RUN)/.checked
-	$(call run,$(pretrain))
 $(DATA)/config.json: $$(call needs,$$(prepare)) | $(RUN)/.checked
 	$(call run,$(prepare))
+$(EMBEDDED)/config.json: $$(call needs,$$(embed))
+	$(call run,$(embed))
 $(RUN)/clusters/config.json $(RUN)/modes/config.json: $$(call needs,$$(call cluster,$$(notdir $$(@D))))
 	$(call run,$(call cluster,$(notdir $(@D))))
 $(METHODS:%=$(RUN)/models/%/config.json): $(RUN)/models/%/config.json: $$(call needs,$$(call finetune,$$*))
@@ -90,7 +93,7 @@ $(RUN)/images/config.json: $$(call needs,$$(measure))
 	$(call run,$(measure))
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
-$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json $(if $(shell \
+$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json $(if $(DRAWN),$(RUN)/images/config.json) $(if $(shell \
   find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)
 	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
 $(STALE:%=%/config.json): FORCE
@@ -99,10 +102,11 @@ $(STALE:%=%/config.json): FORCE
 OTHERS      = $(wordlist 2,99,$(MODEL_SEEDS))
 theirs      = $(foreach r,$(RECIPES),$(if $(call method,$r),$(call run_of,$1)/classifiers/$r))
 classifiers = $(1:%=$(RUN)/classifiers/%) $(foreach s,$(OTHERS),$(foreach r,$1,$(filter %/classifiers/$r,$(call theirs,$s))))
-$(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: $(RUN)/images/config.json FORCE; \
+$(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: \
+  $(addsuffix /config.json,$(call theirs,$(firstword $(MODEL_SEEDS)))) FORCE; \
   +@$$(MAKE) --no-print-directory MODEL_SEEDS=$s $$(addsuffix /config.json,$$(call theirs,$s))))
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours of fine-tuning.
-COMMANDS = $(prepare) @@ $(pretrain) @@ $(call cluster,clusters) $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune), \
+COMMANDS = $(prepare) @@ $(embed) @@ $(call cluster,clusters) $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune), \
   @@ $(call finetune,$m))) $(foreach r,$(RECIPES),@@ $(call classify,$r)) @@ $(evaluate) $(if $(DRAWN),@@ $(measure))
 $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.checked))|),FORCE) | .venv/installed
 	$(if $(dry),,@$(PY) common/make.py check $@ $(call quoted,$(strip $(COMMANDS))))
@@ -110,7 +114,9 @@ $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.c
 # ---- what you type ----------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
 all: $(RUN)/results/report.html
-	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/results/cost.md) && echo "Report: $<")
+	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md) && echo "Report: $<")
+base: .venv/installed
+	$(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
 sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
 	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
@@ -126,5 +132,5 @@ clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt && touch $@
-.PHONY: all sweep ablate test torture status help clean FORCE
+.PHONY: all base sweep paper ablate test torture status help clean FORCE
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """Stage 1: clusters the training images within each group (class x attribute), or within each class.
 
-    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --k auto --out runs/digits-0.95/clusters
-    python cluster.py --data data/digits-0.95 --clip base/miniature/clip --within class --k 5 --out /tmp/modes
+    python cluster.py --data data/digits-0.95 --embeddings runs/digits-0.95/embeddings --out runs/digits-0.95/clusters
+    python cluster.py --data data/digits-0.95 --embeddings runs/digits-0.95/embeddings --within class --k 5 --out /tmp/modes
 
 k-means on CLIP image embeddings within each group (paper, "Clustered DreamBooth"), so that no diffusion model has to
 carry too much variation. `--k auto` takes the number of clusters with the best silhouette. No cluster is smaller than
@@ -9,8 +9,8 @@ carry too much variation. `--k auto` takes the number of clusters with the best 
 `--within class` (ours) clusters a class across its groups, for finetune.py --per dataset; each group's mean embedding is
 subtracted first, so that k-means does not find the attribute again.
 
-Reads DATA/metadata.csv and its images of split train. Writes OUT/metadata.csv (the same rows with a column `cluster`, an
-integer from 0 within the group or class, largest first), OUT/<group or class>.png (a sheet with one row per cluster) and
+Reads DATA (split train) and the embeddings of data/embed.py. Writes OUT/metadata.csv (the same rows with a column `cluster`,
+an integer from 0 within the group or class, largest first), OUT/<group or class>.png (a sheet with one row per cluster) and
 OUT/config.json.
 """
 
@@ -70,15 +70,13 @@ def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
     rows = imagefolder.read_metadata(args.data, "train")
-    key = files.digest(stage.settings_of(args, "clip", "encoder", "batch"), imagefolder.digest(args.data, rows),
-                       link_between(args.out, args.data), files.model_digest(args.encoder or args.clip),
+    key = files.digest(stage.settings_of(args, "embeddings"), imagefolder.digest(args.data, rows),
+                       link_between(args.out, args.data), models.embeddings_digest(args.embeddings),
                        stage.code_digest(__file__, models.__file__, imagefolder.load_image))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
 
-    encoder = (models.Encoder if args.encoder else models.Clip)(args.encoder or args.clip,
-                                                                models.pick_device(args.device))
-    embeddings = models.embed_images(encoder, args.data, rows, args.batch)
+    embeddings = models.read_embeddings(args.embeddings, rows)
     titles = imagefolder.group_titles(rows)
     if args.within == "class":
         embeddings = without_group_means(embeddings, [imagefolder.group_of(row) for row in rows])
@@ -103,17 +101,13 @@ def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count = stage.number(int, 1)
     parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
-    parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
-    parser.add_argument("--encoder", help="folder or hub id of another image encoder to cluster with, such as "
-                        "facebook/dinov2-base; default: CLIP")
+    parser.add_argument("--embeddings", type=Path, required=True, help="of its images: output folder of data/embed.py")
     parser.add_argument("--k", type=number_of_clusters, default="auto", help="clusters per group or class, or auto")
     parser.add_argument("--within", choices=("group", "class"), default="group", help="what is clustered")
     parser.add_argument("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
     parser.add_argument("--min-size", type=count, default=10,
                         help="smallest number of images in a cluster: models memorise smaller ones (not from the paper)")
-    parser.add_argument("--batch", type=count, default=64, help="images embedded at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means")
-    models.add_device_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -1,13 +1,12 @@
 """Stage 5: worst-group accuracy of every recipe with confidence intervals, as tables, figures and sheets of images.
 
     python evaluate.py --data data/digits-0.95 --classifiers runs/digits-0.95/classifiers/{erm,lora} \\
-        --synthetic runs/digits-0.95/synthetic/lora --images runs/digits-0.95/images --out runs/digits-0.95/results
+        --synthetic runs/digits-0.95/synthetic/lora --out runs/digits-0.95/results
 
-Reads the predictions of train_classifier.py, one folder per recipe (from several runs if their models have other seeds),
-and what evaluation/images.py measured of the synthetic images.
+Reads the predictions of train_classifier.py, one folder per recipe (from several runs if their models have other seeds).
 Writes OUT/results.csv (tidy: recipe, seed, group, metric, value), OUT/results.md (best worst group first, with 95 %
-intervals and differences from erm and groupdro on the same test images), OUT/cost.md (of the synthetic images),
-OUT/intervals.csv, OUT/worst_group.png, OUT/images.png (real and synthetic images side by side) and OUT/config.json.
+intervals and differences from erm and groupdro on the same test images), OUT/intervals.csv, OUT/worst_group.png,
+OUT/images.png (real and synthetic images side by side) and OUT/config.json. evaluation/images.py measures the images.
 """
 
 import math
@@ -29,15 +28,6 @@ METRICS = {
     "equalised_odds": "equalised-odds difference",
     "demographic_parity": "demographic-parity difference",
 }
-MEASURES = (  # the columns of evaluation/images.py's synthetic.csv
-    "Means over groups; real: the real training images, for comparison. Groups of more than 10,000 images are measured on as "
-    "many of them, drawn at random. rejected: share of the drawn images; kid: kernel distance to held-out real images in CLIP "
-    "space; coverage: share of held-out images that are covered; too_near: share that is suspiciously near to a training image "
-    "(chance: 0.01); leakage: accuracy of a linear probe that tells bias-aligned from bias-conflicting images (chance: 0.5; "
-    "real: held-out images, what content alone gives away), high if images show which model drew them; real_gap: accuracy of "
-    "a linear probe for the class, trained on synthetic images, on other synthetic images minus held-out real ones, high if it "
-    "uses what only synthetic images have; clip_class, clip_attribute: share that CLIP recognises as the class, the attribute "
-    "that it claims.")
 
 # --------------------------------------------------------------------------------------------- the metrics
 
@@ -199,17 +189,6 @@ def summary(results, keep_order=False):
     return table if keep_order else dict(sorted(table.items(), key=lambda item: -item[1]["worst_group"][0]))
 
 
-def markdown_table(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
-
-
-def markdown_of(path):
-    """A csv of evaluation/images.py as a table."""
-    rows = files.read_csv(path, "run evaluation/images.py again")
-    return markdown_table(list(rows[0]), [row.values() for row in rows])
-
-
 def interval_line(recipe, row, found, seeds, labels, references, groups):
     """A row of intervals.csv. collapsed: how many seeds predict a single class; groups: tested, of all in the data."""
     collapsed = sum(len({row["prediction"] for row in rows}) == 1 for rows in seeds.values())
@@ -248,14 +227,14 @@ def markdown(table, found, labels, sizes, titles, args, over):
     text = (f"Accuracy on {args.split}: mean ± std over {over}. In brackets: 95 % intervals over {args.split} images and "
             f"{'runs' if 'runs' in over else 'seeds'}. Bold: significantly different from zero. Group labels: the images "
             "whose group (attribute) the recipe uses.\n\n")
-    text += markdown_table(["recipe", "worst-group accuracy", "95 % interval", METRICS["average_group"], "group labels",
+    text += figures.markdown_table(["recipe", "worst-group accuracy", "95 % interval", METRICS["average_group"], "group labels",
                             *compared], [
         [recipe, plus_minus(*row["worst_group"]), "[{:.3f}, {:.3f}]".format(*found[recipe]["worst_group"]),
          plus_minus(*row["average_group"]), labels[recipe],
          *(difference(found[recipe].get(column)) for column in compared)] for recipe, row in table.items()])
     columns = [column for column in next(iter(table.values())) if column not in ("worst_group", "average_group")]
     names = [METRICS.get(column) or f"{titles[column]}, {sizes[column]} images" for column in columns]
-    text += "\n" + markdown_table(["recipe", *names], [
+    text += "\n" + figures.markdown_table(["recipe", *names], [
         [recipe, *(plus_minus(*row[column]) for column in columns)] for recipe, row in table.items()])
     absent = [title for group, title in titles.items() if group not in sizes]
     if absent:
@@ -302,9 +281,6 @@ def main(argv=None):
         if single:
             text += (f"\n**One seed**: {', '.join(single)}. Intervals of these recipes, and differences from them, cover "
                      f"other {args.split} images only, not other seeds.\n")
-        if args.images:
-            text += f"\nThe synthetic images. {MEASURES}\n\n{markdown_of(args.images / 'synthetic.csv')}"
-            (out / "cost.md").write_text(markdown_of(args.images / "cost.csv"), encoding="utf-8")
         if args.latex:
             (out / "results.tex").write_text(latex(table, found), encoding="utf-8")
         (out / "results.md").write_text(text, encoding="utf-8")
@@ -320,7 +296,6 @@ def parse(argv=None):
     parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--classifiers", type=Path, nargs="+", required=True, help="output folders of train_classifier.py")
     parser.add_argument("--synthetic", type=Path, nargs="*", default=[], help="output folders of generate.py to show")
-    parser.add_argument("--images", type=Path, help="output folder of evaluation/images.py for them")
     parser.add_argument("--references", nargs="+", default=["erm", "groupdro"], metavar="RECIPE",
                         help="recipes that the others are compared with")
     parser.add_argument("--keep-order", action=stage.Flag, default=False,

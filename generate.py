@@ -15,6 +15,7 @@ seed, clip_score, prompt: with OUT/config.json all it takes to draw an image aga
 candidates.csv (every image tried), OUT/<group>.png (a sheet) and OUT/config.json.
 """
 
+import math
 import re
 import time
 from pathlib import Path
@@ -40,82 +41,146 @@ def share_out(images, weights):
     return shares
 
 
-def verdict(image, score, threshold):
-    """`kept`, or why not. image: (H, W, 3) float array in [0, 1]; score: CLIP's probability of its own group."""
-    if not np.isfinite(image).all():
-        return "nan"
-    if image.std() < 0.01:
-        return "blank"
-    return "kept" if score >= threshold else "clip"
+class ClipScore:
+    """How well images show their group, by CLIP: alpha * similarity to the prompt of the class + (1 - alpha) * similarity
+    to the mean embedding of the group's real training images (paper, CLIP filter), cosines both.
+
+    Where the group has no training images the first term counts alone. With --clip-threshold instead (ours): the
+    probability that CLIP gives the group's prompt among those of all groups.
+    """
+
+    def __init__(self, clip, rows, prompts, args):
+        self.clip, self.args, self.groups, self.centroids = clip, args, list(prompts), {}
+        self.texts = clip.texts(list(prompts.values()))
+        if args.clip_threshold is None:
+            by_class = imagefolder.class_prompts(rows)
+            self.classes = {y: normalised(clip.texts(texts).mean(0)) for y, texts in by_class.items()}
+            train = [row for row in rows if row["split"] == "train"] if args.alpha < 1 else []
+            embeddings = models.read_embeddings(args.embeddings, train) if train else None
+            for group in imagefolder.group_counts(train):
+                members = imagefolder.members_of(group, train)
+                self.centroids[group] = normalised(torch.from_numpy(embeddings[members].mean(0)))
+
+    def __call__(self, images, group):
+        """Scores of PIL images that are to show this group: [float]."""
+        if self.args.clip_threshold is not None:
+            return self.clip.zero_shot(images, self.texts)[:, self.groups.index(group)].tolist()
+        embeddings = self.clip.images(images)
+        scores = embeddings @ self.classes[imagefolder.labels_of(group)[0]]
+        if group in self.centroids:
+            scores = self.args.alpha * scores + (1 - self.args.alpha) * embeddings @ self.centroids[group]
+        return scores.tolist()
+
+
+def normalised(embedding):
+    return torch.nn.functional.normalize(embedding, dim=0)
+
+
+def selected(candidates, share, args):
+    """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold.
+
+    Fewer than `share` if not enough have been drawn.
+    """
+    sound = [row for row in candidates if not row["fault"]]
+    if args.clip_threshold is not None:
+        return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
+    drawn = math.ceil(share / args.keep)
+    if len(sound) < drawn:
+        return []
+    best = sorted(sound[:drawn], key=lambda row: -float(row["clip_score"]))[:share]
+    return sorted(best, key=lambda row: row["index"])
 
 
 def draw_images(pipe, draw, indices, args):
     """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1]."""
     seeds = [stage.seed_of(args.seed, draw["name"], index) for index in indices]
-    return pipe([draw["prompt"]] * len(seeds), negative_prompt=[""] * len(seeds), num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale, output_type="np",
+    return pipe([draw["prompt"]] * len(seeds), negative_prompt=[draw["negative"]] * len(seeds), num_inference_steps=args.steps,
+                guidance_scale=draw["guidance"], output_type="np",
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
 
 
-def fill(pipe, clip, draw, texts, out, args):
-    """Draws candidates of one unit, batch by batch, until `draw["share"]` of them are kept.
+def fill(pipe, score, draw, out, args):
+    """Draws candidates of one unit, batch by batch, until `draw["share"]` of them are selected.
 
     `out` holds the images and candidates.csv. An interrupted unit resumes from what is there; batches begin at
     multiples of --batch, so that it draws the very same images.
     """
     candidates = read_candidates(out)
-    lost = [row["index"] for row in candidates if row["verdict"] == "kept" and not (out / image_name(row)).is_file()]
+    lost = [row["index"] for row in candidates if not row["fault"] and not (out / image_name(row)).is_file()]
     usable = min([len(candidates), *lost])
     candidates = candidates[:usable // args.batch * args.batch]
-    kept = count_kept(candidates)
-    with imagefolder.progress(None, draw["name"], "image", total=draw["share"], initial=min(kept, draw["share"])) as bar:
-        while kept < draw["share"]:
+    with imagefolder.progress(None, draw["name"], "image", initial=len(candidates)) as bar:
+        while len(found := selected(candidates, draw["share"], args)) < draw["share"]:
             if len(candidates) >= args.max_tries * draw["share"] + args.batch:
-                raise InputError(draw["title"], f"{kept} of {len(candidates)} images kept, {draw['share']} wanted",
+                raise InputError(draw["title"], f"{len(found)} of {len(candidates)} images kept, {draw['share']} wanted",
                                  "lower --clip-threshold, raise --max-tries or fine-tune longer")
             indices = range(len(candidates), len(candidates) + args.batch)
-            candidates += draw_batch(pipe, clip, draw, texts, indices, out, args)
+            candidates += draw_batch(pipe, score, draw, indices, out, args)
             files.write_csv(out / "candidates.csv", candidates)
-            kept = count_kept(candidates)
-            bar.update(min(kept, draw["share"]) - bar.n)
-    print(f"{draw['title']}: {len(candidates)} images drawn, {kept} kept, {draw['share']} wanted", flush=True)
+            bar.update(args.batch)
+    print(f"{draw['title']}: {len(candidates)} images drawn, {draw['share']} kept", flush=True)
 
 
-def draw_batch(pipe, clip, draw, texts, indices, out, args):
-    """Draws the candidates `indices`, saves those that are kept, and returns a row of candidates.csv for each.
-
-    texts: {group: CLIP embedding of its prompt}.
-    """
+def draw_batch(pipe, score, draw, indices, out, args):
+    """Draws the candidates `indices`, saves them, and returns a row of candidates.csv for each."""
     arrays = draw_images(pipe, draw, indices, args)
     images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
-    scores = clip.zero_shot(images, torch.stack(list(texts.values())))[:, list(texts).index(draw["group"])].tolist()
-    rows = [{"index": index, "clip_score": f"{score:.4f}", "verdict": verdict(array, score, args.clip_threshold)}
-            for index, array, score in zip(indices, arrays, scores)]
+    rows = [{"index": index, "clip_score": f"{value:.4f}", "fault": fault_of(array)}
+            for index, array, value in zip(indices, arrays, score(images, draw["group"]))]
     for row, image in zip(rows, images):
-        if row["verdict"] == "kept":
+        if not row["fault"]:
             image.save(out / image_name(row))
     return rows
+
+
+def fault_of(image):
+    """Why an image, (H, W, 3) float array in [0, 1], can not be used, or an empty string."""
+    return "nan" if not np.isfinite(image).all() else "blank" if image.std() < 0.01 else ""
 
 
 # ------------------------------------------------------------------------------------------------- the units
 
 
-def draws_of(prompts, titles, args):
-    """What is to be drawn: one dict per unit, with its name, group, prompt, weights' folder (or None) and share."""
+def draws_of(rows, prompts, titles, args):
+    """What is to be drawn: one dict per unit, with its name, group, prompt, negative prompt, guidance scale, folder of
+    weights (or None) and share of the images."""
     trained = read_models(args) if args.models else []
+    counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     draws = []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
-        mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
+        mine, negative, guidance = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)], "", args.guidance_scale
+        if args.across and trained:
+            mine = [dict(draw, prompt=draw["prompt"] if args.keep_identifier else "{text}", suffix=f"-by-{draw['unit']}") for draw in trained if draw["y"] == y]
+            others = {word for other, words in prompts.items() if other != group and imagefolder.labels_of(other)[0] == y for word in words.split()}
+            negative = " ".join(sorted(others - set(text.split())))
+            guidance = args.transfer_guidance
         if args.models and not mine:
-            print(f"{titles[group]}: no training images, drawn by the base model")
+            mine, negative = transferred(group, prompts, trained, counts, args)
+            guidance = args.transfer_guidance if mine else guidance
+            source = f"the models of {titles[imagefolder.group_name(y, mine[0]['a'])]}" if mine else "the base model"
+            print(f"{titles[group]}: has no unit of its own, drawn by {source}")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
         draws += [{"name": group + draw["suffix"], "group": group,
                    "title": imagefolder.unit_title(group + draw["suffix"], titles), "prompt": draw["prompt"].replace("{text}", text),
+                   "negative": negative, "guidance": guidance,
                    "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
                   for draw, share in zip(mine, shares) if share]
     return draws
+
+
+def transferred(group, prompts, trained, counts, args):
+    """The draws of a group that has no unit of its own, and their negative prompt (paper, severe bias).
+
+    The models of its class's bias-aligned group draw it, without their identifier, from its own prompt, with the words
+    that are in that group's prompt alone as negative prompt.
+    """
+    y = imagefolder.labels_of(group)[0]
+    common = imagefolder.group_name(y, imagefolder.correlated_attribute(counts, y))
+    draws = [dict(draw, prompt=draw["prompt"] if args.keep_identifier else "{text}", suffix=f"-by-{draw['unit']}") for draw in trained
+             if imagefolder.group_name(draw["y"], draw["a"]) == common]
+    return draws, " ".join(word for word in prompts.get(common, "").split() if word not in prompts[group].split())
 
 
 def read_models(args):
@@ -156,10 +221,6 @@ def read_candidates(out):
     return [dict(row, index=int(row["index"])) for row in rows]
 
 
-def count_kept(candidates):
-    return sum(row["verdict"] == "kept" for row in candidates)
-
-
 # ------------------------------------------------------------------------------------------------ the stage
 
 
@@ -168,29 +229,29 @@ def main(argv=None):
     inputs = stage.begin(args)
     rows = imagefolder.read_metadata(args.data)
     prompts = imagefolder.group_prompts(rows)
-    draws = draws_of(prompts, imagefolder.group_titles(rows), args)
-    made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights"),
-                           prompts, files.model_digest(args.base), files.model_digest(args.clip),
+    draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
+    score_by = [imagefolder.class_prompts(rows), args.embeddings and models.embeddings_digest(args.embeddings)]
+    made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep", "embeddings"),
+                           prompts, score_by, files.model_digest(args.base), files.model_digest(args.clip),
                            stage.code_digest(__file__, models.__file__, stage.seed_of))
     for draw in draws:
-        draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["trained"])
+        draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["negative"], draw["guidance"], draw["trained"])
     shard, shards = args.shard
     stage.claim(args, [draw["name"] for draw in draws[shard::shards]])
-    todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw)]
+    todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw, args)]
     if todo:
         for draw in todo:
             check_weights(draw)
         device = models.pick_device(args.device)
         sampler = models.Sampler(args.base, device, models.use_bf16(args.precision, device))
-        clip = models.Clip(args.clip, device)
-        texts = dict(zip(prompts, clip.texts(list(prompts.values()))))
+        score = ClipScore(models.Clip(args.clip, device), rows, prompts, args)
         models.token_ids(sampler.pipe.tokenizer, [draw["prompt"] for draw in todo])  # raises if one is too long
         stage.start(args, {draw["name"]: draw["share"] for draw in draws})
         (args.out / "metadata.csv").unlink(missing_ok=True)
     for draw in todo:
         begin, work = time.monotonic(), unfinished_unit(draw, args)
         sampler.load(draw["folder"])
-        fill(sampler.pipe, clip, draw, texts, work, args)
+        fill(sampler.pipe, score, draw, work, args)
         stage.finish_unit(work, args, draw["key"], **stage.spent(begin))
         files.remove(args.out / draw["name"])
         work.rename(args.out / draw["name"])
@@ -211,8 +272,17 @@ def parse(argv=None):
     parser.add_argument("--steps", type=count, default=20, help="steps of DPM-Solver++")
     parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0,
                         help="classifier-free guidance; 1: none (half the cost)")
-    parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), default=0.1, help="smallest probability of "
-                        "an image's own group among the prompts of all groups; 0: no filter")
+    parser.add_argument("--transfer-guidance", type=stage.number(float, 1), default=2.0, help="guidance scale of groups that "
+                        "another group's models draw")
+    parser.add_argument("--across", action=stage.Flag, default=False)
+    parser.add_argument("--keep-identifier", action=stage.Flag, default=False)
+    parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images drawn for a unit that is "
+                        "kept, those with the best CLIP score (paper: 0.75); 1: no filter")
+    parser.add_argument("--alpha", type=stage.number(float, 0, 1), default=0.5, help="weight of the class's prompt in the CLIP "
+                        "score; the rest is that of the group's mean embedding (paper: 0.5)")
+    parser.add_argument("--embeddings", type=Path, help="of DATA's images, for that mean: output folder of data/embed.py")
+    parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), help="instead: keep all images to whose own group CLIP "
+                        "gives this probability among the prompts of all groups (ours); 0: no filter")
     parser.add_argument("--max-tries", type=count, default=20, help="candidates per wanted image before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of all images")
@@ -222,13 +292,16 @@ def parse(argv=None):
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
+    if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
+        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images", "run data/embed.py, or use --alpha 1")
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
     return args
 
 
-def is_filled(path, draw):
-    return stage.is_published(path, draw["key"]) and count_kept(read_candidates(path)) >= draw["share"]
+def is_filled(path, draw, args):
+    return (stage.is_published(path, draw["key"])
+            and len(selected(read_candidates(path), draw["share"], args)) == draw["share"])
 
 
 def unfinished_unit(draw, args):
@@ -253,13 +326,14 @@ def publish(draws, prompts, made_by, args, inputs):
     for draw in draws:
         y, a = imagefolder.labels_of(draw["group"])
         candidates = read_candidates(args.out / draw["name"])
-        kept = [row for row in candidates if row["verdict"] == "kept"][:draw["share"]]
-        tried = [row["verdict"] for row in candidates[:kept[-1]["index"] + 1]] if kept else []
-        counts[draw["name"]] = {word: tried.count(word) for word in ("kept", "clip", "blank", "nan")}
+        kept = selected(candidates, draw["share"], args)
+        faults = [row["fault"] for row in candidates]
+        counts[draw["name"]] = {"kept": len(kept), "clip": faults.count("") - len(kept)} | {
+            word: faults.count(word) for word in ("blank", "nan")}
         rows += [{"file_name": f"{draw['name']}/{image_name(row)}", "split": "train", "y": y, "a": a,
                   "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
-                  "seed": stage.seed_of(args.seed, draw["name"], row["index"]), "prompt": draw["prompt"]}
-                 for row in kept]
+                  "seed": stage.seed_of(args.seed, draw["name"], row["index"]), "prompt": draw["prompt"],
+                  "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]} for row in kept]
     for group in prompts:
         save_sheet(args.out / f"{group}.png", args.out, [row for row in rows if imagefolder.group_of(row) == group])
     files.write_csv(args.out / "metadata.csv", rows)

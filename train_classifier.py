@@ -61,10 +61,11 @@ def takes_synthetic(recipe):
 def group_labels(recipe, synthetic):
     """Which group labels a recipe uses, such as "train, val for selection".
 
-    Its images count: generative models that were fine-tuned on groups or clusters needed the training set's labels.
+    Its images count: fine-tuning on groups or clusters, and a filter that compares with groups, need those of training.
     """
     phases, config = RECIPES[recipe], files.read_json(synthetic / "config.json") if synthetic else {}
-    on_train = config.get("arguments", {}).get("models") or any(
+    settings = config.get("arguments", {})
+    on_train = settings.get("models") or settings.get("embeddings") or any(
         phase.images == "filled" or phase.drawn in ("group-balanced", "smallest group")
         or phase.loss in ("group_weighted", "group_dro") for phase in phases)
     trains_on_val = phases[-1].loss == "deep_feature_reweighting"

@@ -270,12 +270,12 @@ def main(argv=None):
 
         pipe = StableDiffusionPipeline(vae, clip.text_model, tokenizer, unet, scheduler, safety_checker=None,
                                        feature_extractor=None, requires_safety_checker=False)
-        pipe.save_pretrained(out)
+        pipe.to(torch.float16).save_pretrained(out)  # 16 bits are enough, and half to download
         processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=[0.5] * 3,
                                        image_std=[0.5] * 3)
         CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
-        clip.save_pretrained(out / "clip")
-        save_sheets(out, pipe, images, labels, args.samples)
+        clip.half().save_pretrained(out / "clip")
+        save_sheets(out, pipe.to(torch.float32), images, labels, args.samples)
         stage.finish(out, args, key, inputs, names=[str(path.relative_to(out)) for path in sorted(out.rglob("*.*"))
                                                     if path.is_file() and path.name != ".stage"])
 

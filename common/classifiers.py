@@ -25,7 +25,7 @@ def new_classifier(arch, weights, classes):
 def cnn():
     """Four convolutions for images of 32 pixels; returns (module, width of its features)."""
     nn, layers, channels = torch.nn, [], 3
-    for width in (16, 32, 64, 64):
+    for width in (8, 16, 32, 64):
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.MaxPool2d(2),
                    nn.ReLU(inplace=True)]  # after the pooling: the same function, on a quarter of the values
         channels = width

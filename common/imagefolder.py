@@ -8,7 +8,7 @@ Images, and beside them a metadata.csv with the columns
     a           attribute that the class is spuriously correlated with, an integer from 0
     text        caption of the image's group: its prompt
 
-A group is a pair (y, a), written `y0-a1`. Other columns may follow.
+A group is a pair (y, a), written `y0-a1`. Other columns may follow, among them `class_text`, the prompt of the class.
 """
 
 import csv
@@ -157,6 +157,14 @@ def group_prompts(rows):
             raise InputError("metadata.csv", f"group {group_of(row)} has several texts, {row['text']!r} is one of them",
                              "use one caption per group")
     return prompts
+
+
+def class_prompts(rows):
+    """{y: prompts of the class}: its class_text, or without that column the prompts of its groups."""
+    prompts = {}
+    for row in rows:
+        prompts.setdefault(row["y"], {})[row.get("class_text") or row["text"]] = None
+    return {y: list(texts) for y, texts in sorted(prompts.items())}
 
 
 def group_titles(rows):

@@ -32,7 +32,7 @@ make torture   long robustness tests: kills, full disks, bad input, 100,000 imag
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
-(PREPARE PRETRAIN CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER; LAUNCH stands before commands):
+(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER; LAUNCH stands before commands):
 """
 
 # --------------------------------------------------------------------------------------------- the settings
@@ -53,8 +53,8 @@ def settings(overrides, *values):
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
         goals = set(given["MAKECMDGOALS"].split())
-        checked = [] if goals and goals <= {"help", "clean", "test", "torture"} else stale(
-            ["base/miniature", f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
+        checked = [] if goals and goals <= {"help", "clean", "test", "torture", "base"} else stale(
+            [f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
         for folder in checked:
             print(f"note: {folder}: its files or inputs were changed, it is made again", file=sys.stderr)
         settled["STALE"] = " ".join(checked)
@@ -154,10 +154,7 @@ def stale(tops):
         for path in sorted({Path(top) / "config.json", *Path(top).glob("[!.]*/config.json"),
                             *Path(top).glob("[!.]*/[!.]*/config.json")}):
             config = files.read_json(path)
-            if top == "base/miniature":  # an input that may be replaced: made again only if files are missing
-                if not all((path.parent / name).is_file() for name in config.get("names", [])):
-                    found.append(top)
-            elif "made_by" not in config:  # a file that a stage did not write, or half of it
+            if "made_by" not in config:  # a file that a stage did not write, or half of it
                 if (path.parent / ".stage").is_file() and path.is_file():
                     found.append(str(path.parent))
             elif (config.get("files") != state(str(path.parent)) or any(

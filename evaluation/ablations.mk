@@ -1,11 +1,20 @@
+# `make paper` runs the paper's recipes and ours at two biases, with five classifier seeds and three of everything before.
+PAPER_BIASES  ?= 0.95 0.99
+PAPER_RECIPES ?= erm groupdro self dfr ffr vanilla lora dreambooth clustered compositional
+paper:
+	+@$(foreach BIAS,$(PAPER_BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) RECIPES="$(PAPER_RECIPES)" SEEDS="0 1 2 3 4" \
+	  MODEL_SEEDS="0 1 2" REFERENCES="erm groupdro vanilla dreambooth" &&) true
+	$(PY) evaluation/paper.py --results $(foreach BIAS,$(PAPER_BIASES),$(RUN)/results) --out runs/$(DATASET)-paper
+
 # `make ablate` compares recipes that differ from clustered in one setting: a table and a figure each.
-ABLATIONS         = clusters clip-threshold beta images second-stage prior
+ABLATIONS         = clusters filter beta images second-stage prior rare
 clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
-clip-threshold.of = clustered-clip0 clustered clustered-clip0.5 clustered-clip0.9
+filter.of         = clustered-alpha0 clustered clustered-alpha1 clustered-random clustered-threshold
 beta.of           = beta1+clustered beta0.9+clustered clustered beta0.1+clustered
 images.of         = clustered-images50 clustered-images100 clustered clustered-images500
 second-stage.of   = clustered two-stage-whole+clustered
 prior.of          = clustered clustered-no-prior
+rare.of           = dreambooth-own dreambooth-transfer clustered-own clustered-transfer clustered
 
 # Other clusters, and models of them.
 clusters-k1.cluster      = --k 1
@@ -21,10 +30,17 @@ clustered-k10.finetune      = $(call on,clusters-k10)
 clustered-k5-rare.finetune  = $(call on,clusters-k5-rare)
 clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 
+# Rare groups drawn by models of their own, or by those of their class's bias-aligned group, whatever their size.
+dreambooth-own.finetune      = $(dreambooth.finetune) --rare own
+dreambooth-transfer.finetune = $(dreambooth.finetune) --rare transfer
+clustered-own.finetune       = $(clustered.finetune) --rare own
+clustered-transfer.finetune  = $(clustered.finetune) --rare transfer
+
 # Other images of clustered's models.
-clustered-clip0.generate     = --clip-threshold 0 --models $(RUN)/models/clustered
-clustered-clip0.5.generate   = --clip-threshold 0.5 --models $(RUN)/models/clustered
-clustered-clip0.9.generate   = --clip-threshold 0.9 --models $(RUN)/models/clustered
+clustered-alpha0.generate    = --alpha 0 --models $(RUN)/models/clustered
+clustered-alpha1.generate    = --alpha 1 --models $(RUN)/models/clustered
+clustered-random.generate    = --keep 1 --models $(RUN)/models/clustered
+clustered-threshold.generate = --clip-threshold 0.1 --models $(RUN)/models/clustered
 clustered-images50.generate  = --images 50 --models $(RUN)/models/clustered
 clustered-images100.generate = --images 100 --models $(RUN)/models/clustered
 clustered-images500.generate = --images 500 --models $(RUN)/models/clustered

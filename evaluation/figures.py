@@ -1,4 +1,4 @@
-"""The figures of the evaluation."""
+"""The figures and tables of the evaluation."""
 
 from common import imagefolder
 
@@ -58,3 +58,8 @@ def images_by_group(path, titles, data, synthetic):
             lines.append([imagefolder.load_image(source / row["file_name"], 64) for row in chosen])
             labels.append(f"{title}: {name}")
     imagefolder.contact_sheet(lines, labels).save(path)
+
+
+def markdown_table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"

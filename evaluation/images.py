@@ -1,7 +1,7 @@
 """The quality of the synthetic images, measured against real images that no model has seen.
 
     python evaluation/images.py --data data/digits-0.95 --synthetic runs/digits-0.95/synthetic/{vanilla,lora} \\
-        --clip base/miniature/clip --out runs/digits-0.95/images
+        --embeddings runs/digits-0.95/embeddings --clip base/miniature/clip --out runs/digits-0.95/images
 
 In CLIP space, for each synthetic set and group: the kernel distance to the held-out real images (val and test),
 precision, recall, density and coverage, and the share that is suspiciously near to a training image. Two linear probes ask
@@ -9,9 +9,9 @@ whether the images tell which model drew them, and whether a class looks as it d
 images are measured in the same way, as method `real`: what a perfect generator would get. Whether an image shows what it
 claims is asked of CLIP, zero-shot. Of larger sets and groups, 10,000 images are drawn and compared.
 
-Reads DATA and each SYNTHETIC. Writes OUT/groups.csv (a row per method and group), OUT/synthetic.csv (a row per method),
-OUT/cost.csv (seconds and megabytes per method), OUT/<method>.png (the closest pairs, synthetic above real) and
-OUT/config.json.
+Reads DATA, its embeddings, and each SYNTHETIC. Writes OUT/groups.csv (a row per method and group), OUT/synthetic.csv (a row
+per method), OUT/cost.csv (seconds and megabytes per method), OUT/images.md (both as tables), OUT/<method>.png (the closest
+pairs, synthetic above real) and OUT/config.json.
 """
 
 import random
@@ -23,12 +23,23 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, imagefolder, models, stage
 from common.files import InputError
+from evaluation import figures
 
 np = stage.lazy("numpy")
 
 LIMIT = 10_000  # images of a set and group that are compared: time grows with the square of their number
 BLOCK = 500  # rows of a matrix of distances or kernels that are in memory at once
 FOLDS = 5  # of cross-validation; a group needs as many images
+
+MEASURES = (  # the columns of synthetic.csv
+    "Means over groups; real: the real training images, for comparison. Groups of more than 10,000 images are measured on as "
+    "many of them, drawn at random. rejected: share of the drawn images; kid: kernel distance to held-out real images in CLIP "
+    "space; coverage: share of held-out images that are covered; too_near: share that is suspiciously near to a training image "
+    "(chance: 0.01); leakage: accuracy of a linear probe that tells bias-aligned from bias-conflicting images (chance: 0.5; "
+    "real: held-out images, what content alone gives away), high if images show which model drew them; real_gap: accuracy of "
+    "a linear probe for the class, trained on synthetic images, on other synthetic images minus held-out real ones, high if it "
+    "uses what only synthetic images have; clip_class, clip_attribute: share that CLIP recognises as the class, the attribute "
+    "that it claims.")
 
 # --------------------------------------------------------------------- two sets of embeddings, (N, D) and (M, D)
 
@@ -277,7 +288,7 @@ def main(argv=None):
     if all(row["split"] == "train" for row in everything):
         raise InputError(args.data, "has no images of split val or test", "prepare the data again")
     key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
-                       [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
+                       models.embeddings_digest(args.embeddings), [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
                         for source, rows in sets.items()],
                        stage.code_digest(__file__, models.__file__, imagefolder.load_image,
                                          imagefolder.correlated_attribute))
@@ -287,8 +298,7 @@ def main(argv=None):
     prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
     real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
             for name in ("train", "held-out")}
-    real = {name: (rows, models.embed_images(clip, args.data, rows, args.batch))
-            for name, rows in real.items()}
+    real = {name: (rows, models.read_embeddings(args.embeddings, rows)) for name, rows in real.items()}
     groups = group_rows("real", *real["train"], real, {}, titles)
     table = [set_row("real", *real["train"], groups, prompts)]
     with files.replacing(args.out) as out:
@@ -303,15 +313,23 @@ def main(argv=None):
         files.write_csv(out / "groups.csv", groups)
         files.write_csv(out / "synthetic.csv", table)
         files.write_csv(out / "cost.csv", [cost(source) for source in sets])
+        (out / "images.md").write_text("\n".join([
+            f"The synthetic images. {MEASURES}", "", markdown_of(out / "synthetic.csv"), markdown_of(out / "cost.csv")]),
+            encoding="utf-8")
         stage.finish(out, args, key, inputs)
-    print((args.out / "synthetic.csv").read_text(encoding="utf-8"))
+
+
+def markdown_of(path):
+    rows = files.read_csv(path, "")
+    return figures.markdown_table(list(rows[0]), [row.values() for row in rows])
 
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--synthetic", type=Path, nargs="+", required=True, help="output folders of generate.py")
-    parser.add_argument("--clip", required=True, help="folder or hub id of a CLIP model")
+    parser.add_argument("--embeddings", type=Path, required=True, help="of DATA's images: output folder of data/embed.py")
+    parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that made them")
     parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
     models.add_device_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

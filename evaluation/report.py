@@ -15,7 +15,7 @@ import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, imagefolder, stage
-from evaluate import MEASURES
+from evaluation.images import MEASURES
 
 TODO = "run evaluation/images.py and evaluate.py for this run first"
 

@@ -12,7 +12,6 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, stage
-from evaluate import markdown_table
 from evaluation import figures
 
 
@@ -33,7 +32,7 @@ def main(argv=None):
             {"recipe": recipe, "bias": bias, "worst_group": value[0], "low": value[1], "high": value[2]}
             for recipe, row in values.items() for bias, value in row.items()])
         text = "Worst-group accuracy and its 95 % interval over test images and seeds or runs, for each bias\n\n"
-        text += markdown_table(["recipe", *biases], [
+        text += figures.markdown_table(["recipe", *biases], [
             [recipe, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[bias]) if bias in row else "" for bias in biases)]
             for recipe, row in values.items()])
         (out / "sweep.md").write_text(text, encoding="utf-8")
