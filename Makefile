@@ -89,7 +89,7 @@ $(METHODS:%=$(RUN)/synthetic/%/config.json): $(RUN)/synthetic/%/config.json: $$(
 	$(call run,$(call generate,$*))
 $(RECIPES:%=$(RUN)/classifiers/%/config.json): $(RUN)/classifiers/%/config.json: $$(call needs,$$(call classify,$$*))
 	$(call run,$(call classify,$*))
-$(RUN)/images/config.json: $$(call needs,$$(measure))
+$(RUN)/images/config.json: $$(call needs,$$(measure)) | $(RUN)/results/config.json # results come first, whatever happens here
 	$(call run,$(measure))
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))

@@ -12,6 +12,9 @@ Our compositional method trains one model `--per dataset`: each image with its o
 its cluster (of cluster.py --within class). What a class looks like is learned mostly from the common groups, the
 attribute from the prompt, and a rare group can then be drawn in every mode of its class.
 
+A bias-conflicting group of fewer than --rare-below images gets no unit (see --rare): generate.py draws it with the models of
+its class's bias-aligned group (paper, severe bias).
+
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the images of vanilla.
 Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for diffusers' `load_lora_weights`, or unet/ for
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.

@@ -1,18 +1,20 @@
 """Stage 3: draws a group-balanced synthetic set from the fine-tuned models and filters it with CLIP.
 
     python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
-        --out runs/digits-0.95/synthetic/vanilla
+        --embeddings runs/digits-0.95/embeddings --out runs/digits-0.95/synthetic/vanilla
     python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
-        --models runs/digits-0.95/models/lora --images 200 --out runs/digits-0.95/synthetic/lora
+        --embeddings runs/digits-0.95/embeddings --models runs/digits-0.95/models/lora --out runs/digits-0.95/synthetic/lora
 
-Every group of DATA gets --images images, divided among its units. Without --models (vanilla), and for a group that has
-no unit, the base model draws them from the group's prompt. An image is kept if CLIP, choosing among the prompts of all
-groups, gives its own group at least probability --clip-threshold; a rejected image is replaced by the next seed. An image
-is determined by (seed, unit, index) alone. The safety checker is off: a blackened image is no training image.
+Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the base model draws them from
+the group's prompt. A group that has no unit of its own is drawn by the models of its class's bias-aligned group, without
+their identifier and away from that group's words (paper, severe bias), or by the base model if that has none either. Of the
+images drawn, the share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined by (seed,
+unit, index) alone. The safety checker is off: a blackened image is no training image.
 
-Reads DATA/metadata.csv (groups and their prompts) and MODELS. Writes OUT/metadata.csv (the one format, with columns unit,
-seed, clip_score, prompt: with OUT/config.json all it takes to draw an image again in diffusers), OUT/<unit>/*.png and
-candidates.csv (every image tried), OUT/<group>.png (a sheet) and OUT/config.json.
+Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv (the selected images in the
+one format, with columns unit, clip_score, seed, prompt, negative_prompt, guidance_scale: with OUT/config.json all it takes to
+draw an image again in diffusers), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet) and
+OUT/config.json.
 """
 
 import math
@@ -56,7 +58,7 @@ class ClipScore:
             by_class = imagefolder.class_prompts(rows)
             self.classes = {y: normalised(clip.texts(texts).mean(0)) for y, texts in by_class.items()}
             train = [row for row in rows if row["split"] == "train"] if args.alpha < 1 else []
-            embeddings = models.read_embeddings(args.embeddings, train) if train else None
+            embeddings = models.read_embeddings(args.embeddings, train, clip) if train else None
             for group in imagefolder.group_counts(train):
                 members = imagefolder.members_of(group, train)
                 self.centroids[group] = normalised(torch.from_numpy(embeddings[members].mean(0)))
@@ -84,11 +86,24 @@ def selected(candidates, share, args):
     sound = [row for row in candidates if not row["fault"]]
     if args.clip_threshold is not None:
         return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
-    drawn = math.ceil(share / args.keep)
+    drawn = sound_ones(share, args)
     if len(sound) < drawn:
         return []
     best = sorted(sound[:drawn], key=lambda row: -float(row["clip_score"]))[:share]
     return sorted(best, key=lambda row: row["index"])
+
+
+def sound_ones(share, args):
+    """How many sound candidates a share takes at least."""
+    return share if args.clip_threshold is not None else math.ceil(share / args.keep)
+
+
+def considered(candidates, kept, args):
+    """The candidates from which a share was selected: without those that only complete the last batch."""
+    if args.clip_threshold is not None:
+        return candidates[:kept[-1]["index"] + 1]
+    sound = [row for row in candidates if not row["fault"]]
+    return candidates[:sound[sound_ones(len(kept), args) - 1]["index"] + 1]
 
 
 def draw_images(pipe, draw, indices, args):
@@ -111,7 +126,7 @@ def fill(pipe, score, draw, out, args):
     candidates = candidates[:usable // args.batch * args.batch]
     with imagefolder.progress(None, draw["name"], "image", initial=len(candidates)) as bar:
         while len(found := selected(candidates, draw["share"], args)) < draw["share"]:
-            if len(candidates) >= args.max_tries * draw["share"] + args.batch:
+            if len(candidates) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
                 raise InputError(draw["title"], f"{len(found)} of {len(candidates)} images kept, {draw['share']} wanted",
                                  "lower --clip-threshold, raise --max-tries or fine-tune longer")
             indices = range(len(candidates), len(candidates) + args.batch)
@@ -264,7 +279,8 @@ def parse(argv=None):
     count = stage.number(int, 1)
     parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
     parser.add_argument("--models", type=Path, help="output folder of finetune.py; default: vanilla, the base model itself")
-    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups and prompts")
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups, their prompts and "
+                        "sizes")
     parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that filters")
     parser.add_argument("--images", type=count, default=250, help="images per group")
     parser.add_argument("--share", choices=("size", "even"), default="size",
@@ -327,7 +343,7 @@ def publish(draws, prompts, made_by, args, inputs):
         y, a = imagefolder.labels_of(draw["group"])
         candidates = read_candidates(args.out / draw["name"])
         kept = selected(candidates, draw["share"], args)
-        faults = [row["fault"] for row in candidates]
+        faults = [row["fault"] for row in considered(candidates, kept, args)]
         counts[draw["name"]] = {"kept": len(kept), "clip": faults.count("") - len(kept)} | {
             word: faults.count(word) for word in ("blank", "nan")}
         rows += [{"file_name": f"{draw['name']}/{image_name(row)}", "split": "train", "y": y, "a": a,

@@ -275,6 +275,8 @@ def main(argv=None):
                                        image_std=[0.5] * 3)
         CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
         clip.half().save_pretrained(out / "clip")
+        for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
+            config.write_text(config.read_text().replace('"float16"', '"float32"'))  # what transformers computes in
         save_sheets(out, pipe.to(torch.float32), images, labels, args.samples)
         stage.finish(out, args, key, inputs, names=[str(path.relative_to(out)) for path in sorted(out.rglob("*.*"))
                                                     if path.is_file() and path.name != ".stage"])

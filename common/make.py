@@ -24,15 +24,18 @@ from common import files
 HELP = """\
 make           run the experiment on {DATASET} at bias {BIAS}: a table, figures, a report
 make sweep     the same for several biases: make sweep BIAS="0.9 0.99"
+make paper     the paper's recipes and ours beside the paper's numbers
 make ablate    clustered with one setting changed
 make status    what is done, running and to do
 make -n        show what would run
 make test      install and run the tests
 make torture   long robustness tests: kills, full disks, bad input, 100,000 images
+make base      train the base model of digits again
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
-(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER; LAUNCH stands before commands):
+(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER, PRETRAIN of make base; LAUNCH stands
+before commands):
 """
 
 # --------------------------------------------------------------------------------------------- the settings
@@ -65,8 +68,8 @@ def settings(overrides, *values):
 
 def check_names(overrides):
     """Raises Wrong for a variable on make's command line that no Makefile uses."""
-    text = "\n".join(path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk")))
-    known = set(re.findall(r"^([A-Z_]+) *\?=", text, re.M)) | set(re.findall(r"\$\(([A-Z_]+)\)", text))
+    text = "\n".join(path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"), *Path("evaluation").glob("*.mk")))
+    known = set(re.findall(r"^(?:export )?([A-Z_]+) *\?=", text, re.M)) | set(re.findall(r"\$\(([A-Z_]+)\)", text))
     known -= set(re.findall(r"^([A-Z_]+) *:?=", text, re.M)) | {"MAKE", "MAKEOVERRIDES", "MAKECMDGOALS", "STALE"}
     for name in re.findall(r"(?:^|(?<!\\) )([A-Za-z_][\w.-]*)[:+?]?=", overrides):
         if name not in known and not name.startswith("MAKE"):
@@ -193,7 +196,7 @@ def check(record, commands):
 
 def status(*folders):
     """Prints one line per folder: done, running or to do, and how many of its units, images or seeds."""
-    stages = ("data", "clusters", "modes", "models", "synthetic", "classifiers", "images", "results")
+    stages = ("data", "embeddings", "clusters", "modes", "models", "synthetic", "classifiers", "images", "results")
 
     def in_order(folder):
         parts = Path(folder).parts
@@ -211,7 +214,7 @@ def progress(folder):
         return "done"
     wanted = files.read_json(folder / ".stage").get("wanted", {})
     done = sum(count if (folder / unit / "config.json").is_file() else
-               len(list((folder / f".{unit}.partial").glob("*.png"))) for unit, count in wanted.items())
+               min(count, len(list((folder / f".{unit}.partial").glob("*.png")))) for unit, count in wanted.items())
     kind = {"models": "units", "synthetic": "images", "classifiers": "seeds"}.get(folder.parent.name)
     parts = f"{done} of {sum(wanted.values())} {kind} done" if wanted else ""
     return ", ".join(part for part in (parts, "running" if running else "to do") if part)

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-import zipfile
 from pathlib import Path
 
 from common import imagefolder, stage
@@ -248,6 +247,11 @@ class Clip:
         """Side of the images that the image tower sees, in pixels."""
         return self.model.config.vision_config.image_size
 
+    @property
+    def width(self):
+        """Numbers in an embedding."""
+        return self.model.config.projection_dim
+
     def images(self, images):
         """PIL images -> (N, D) float32 on the CPU."""
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
@@ -300,17 +304,23 @@ def save_embeddings(folder, rows, embeddings):
         np.savez(file, file_name=np.array([row["file_name"] for row in rows]), embedding=embeddings)
 
 
-def read_embeddings(folder, rows):
-    """The embeddings of the images of some rows, (N, D) float32 array. Raises InputError if one is missing."""
-    again = "run data/embed.py for this --data"
+def read_embeddings(folder, rows, clip=None):
+    """The embeddings of the images of some rows, (N, D) float32 array. Raises InputError if one is missing, or if they cannot
+    be those of `clip`, if one is given."""
+    path, again = folder / EMBEDDINGS, "run data/embed.py for this --data and --clip"
     try:
-        with np.load(folder / EMBEDDINGS) as file:
+        with np.load(path) as file:
             embeddings, names = file["embedding"], {name: i for i, name in enumerate(file["file_name"].tolist())}
-        return embeddings[[names[row["file_name"]] for row in rows]]
-    except KeyError as error:
-        raise InputError(folder / EMBEDDINGS, f"does not contain {error}", again) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(folder / EMBEDDINGS, f"cannot be read: {error}", again) from None
+        if embeddings.shape != (len(names), embeddings.shape[-1]) or not np.isfinite(embeddings).all():
+            raise ValueError("it does not hold a finite embedding for each file_name")
+    except Exception as error:  # a broken file makes numpy raise OSError, ValueError, EOFError, KeyError, BadZipFile, ...
+        raise InputError(path, f"cannot be read: {error or type(error).__name__}", again) from None
+    missing = [row["file_name"] for row in rows if row["file_name"] not in names]
+    if missing:
+        raise InputError(path, f"does not contain {len(missing)} of {len(rows)} images, the first is {missing[0]}", again)
+    if clip and embeddings.shape[1] != clip.width:
+        raise InputError(path, f"holds embeddings of {embeddings.shape[1]} numbers, those of CLIP have {clip.width}", again)
+    return embeddings[[names[row["file_name"]] for row in rows]]
 
 
 def embeddings_digest(folder):

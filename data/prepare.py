@@ -48,7 +48,7 @@ SOURCES = {
     "celeba": "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or Kaggle's jessicali9530/celeba-dataset",
     "utkface": "https://susanqq.github.io/UTKFace, the aligned and cropped faces, unpacked",
 }
-OF_STAGES = ("cluster", "unit", "seed", "clip_score", "prompt")  # columns that later stages add
+OF_STAGES = ("cluster", "unit", "clip_score", "seed", "prompt", "negative_prompt", "guidance_scale")  # columns of later stages
 WATERBIRDS = {"y0-a0": 3498, "y0-a1": 184, "y1-a0": 56, "y1-a1": 1057}  # training images as published
 
 # ------------------------------------------------------------------------------- the datasets

@@ -288,7 +288,8 @@ def main(argv=None):
     if all(row["split"] == "train" for row in everything):
         raise InputError(args.data, "has no images of split val or test", "prepare the data again")
     key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
-                       models.embeddings_digest(args.embeddings), [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
+                       models.embeddings_digest(args.embeddings),
+                       [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
                         for source, rows in sets.items()],
                        stage.code_digest(__file__, models.__file__, imagefolder.load_image,
                                          imagefolder.correlated_attribute))
@@ -298,7 +299,7 @@ def main(argv=None):
     prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
     real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
             for name in ("train", "held-out")}
-    real = {name: (rows, models.read_embeddings(args.embeddings, rows)) for name, rows in real.items()}
+    real = {name: (rows, models.read_embeddings(args.embeddings, rows, clip)) for name, rows in real.items()}
     groups = group_rows("real", *real["train"], real, {}, titles)
     table = [set_row("real", *real["train"], groups, prompts)]
     with files.replacing(args.out) as out:

@@ -73,11 +73,10 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
     return out
 
 
-def new_house(path, base, pretrain=""):
-    """A copy of the repository with the tiny base model, as if made with these PRETRAIN flags, and what is installed."""
-    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".*", "runs", "miniature", "digits-*", "__pycache__"))
-    shutil.copytree(base, path / "base" / "miniature")
-    (path / "base" / "miniature" / "command").write_text(f"base/pretrain.py {pretrain}".strip() + "\n")
+def new_house(path):
+    """A copy of the repository as one clones it, with what is installed."""
+    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*",
+                                                              "__pycache__"))
     (path / ".venv").symlink_to(ROOT / ".venv")
     return path
 
@@ -111,24 +110,22 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, request):
-    """A base model of two steps: its images are noise, its files are complete. Made once per edition of pretrain.py."""
-    made = Path(request.config.cache.mkdir("base")) / stage.code_digest(ROOT / "base" / "pretrain.py")
-    if not made.exists():
-        out = tmp_path_factory.mktemp("base") / "tiny"
-        run("base/pretrain.py", "--images", 100, "--vae-steps", 2, "--clip-steps", 2, "--unet-steps", 2, "--samples",
-            1, "--out", out)
-        copy = shutil.copytree(out, made.with_name(f"{made.name}-{os.getpid()}"))
-        try:
-            copy.rename(made)
-        except OSError:  # another process was faster
-            shutil.rmtree(copy)
-    return made
+def base():
+    """The base model that the repository ships."""
+    return ROOT / "base" / "miniature"
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def embeddings(base, dataset, tmp_path_factory):
+    """The CLIP embeddings of the dataset."""
+    out = tmp_path_factory.mktemp("embeddings") / "embeddings"
+    run("data/embed.py", "--data", dataset, "--clip", base / "clip", "--out", out)
+    return out
 
 
 @pytest.fixture(scope="session")
