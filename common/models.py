@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from common import imagefolder, stage
+from common import files, imagefolder, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")

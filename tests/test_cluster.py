@@ -47,38 +47,22 @@ def test_without_group_means_the_groups_are_centred_and_keep_their_shape():
         assert np.allclose(np.diff(centred[attributes == a], axis=0), np.diff(points[attributes == a], axis=0))
 
 
-def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_per_group(base, dataset, tmp_path):
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
+def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_per_group(dataset, embeddings, tmp_path):
+    args = ("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 3, "--min-size", 4, "--out", tmp_path / "c")
+    run(*args)
     rows = imagefolder.read_metadata(tmp_path / "c")
     assert rows and {row["split"] for row in rows} == {"train"}
     assert {row["cluster"] for row in rows if imagefolder.group_of(row) == "y0-a1"} == {"0"}
     for group in imagefolder.group_counts(rows):
         assert (tmp_path / "c" / f"{group}.png").is_file()
-    first, again = files_of(tmp_path / "c"), ("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 3,
-                                              "--min-size", 4, "--out", tmp_path / "c")
-    assert "up to date" in run(*again)
+    first = files_of(tmp_path / "c")
+    assert "up to date" in run(*args)
     (tmp_path / "c" / "y0-a0.png").unlink()
-    assert "up to date" not in run(*again) and files_of(tmp_path / "c") == first
+    assert "up to date" not in run(*args) and files_of(tmp_path / "c") == first
 
 
-def test_dinov2_can_replace_clip(base, dataset, tmp_path):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path / "dino")
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--encoder", tmp_path / "dino", "--k", 2,
-        "--min-size", 4, "--out", tmp_path / "c")
-    assert {row["cluster"] for row in imagefolder.read_metadata(tmp_path / "c")} == {"0", "1"}
-
-
-def test_an_invalid_clip_is_a_one_line_error(dataset, tmp_path):
-    run("cluster.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "c", fails="cannot be loaded")
-    assert not (tmp_path / "c").exists()
-
-
-def test_clusters_in_a_folder_that_is_reached_through_a_link_lead_to_the_images(base, dataset, tmp_path):
+def test_clusters_in_a_folder_that_is_reached_through_a_link_lead_to_the_images(dataset, embeddings, tmp_path):
     (tmp_path / "far" / "away" / "scratch").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "far" / "away" / "scratch")
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 1, "--out", tmp_path / "runs" / "c")
+    run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 1, "--out", tmp_path / "runs" / "c")
     assert len(imagefolder.read_metadata(tmp_path / "runs" / "c")) == 54
