@@ -227,7 +227,7 @@ def main(argv=None):
     base = files.model_digest(args.base)
     code = stage.code_digest(__file__, models.__file__, imagefolder.load_image, stage.seed_of)
     for unit in units:
-        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every"), base, code, unit.prompts,
+        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every", "rare", "rare_below"), base, code, unit.prompts,
                                 imagefolder.digest(args.data, unit.rows),
                                 imagefolder.digest(args.prior, unit.prior_rows) if args.prior else None)
     shard, shards = args.shard

@@ -10,9 +10,9 @@ import torch
 from conftest import LONG, files_of, make_dataset, run, start
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from common import imagefolder, stage
+from common import files, imagefolder, stage
 
-QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
+QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2, "--rare", "own")
 
 
 def trained(stdout):
@@ -54,6 +54,8 @@ def test_units_that_are_published_are_kept_and_others_are_made_anew(base, datase
     made = run(*again, "--out", tmp_path / "lora")
     assert trained(made) == ["y0-a1"]
     assert files_of(tmp_path / "lora") == files_of(lora)
+    assert trained(run(*again, "--rare", "transfer", "--out", tmp_path / "lora")) == []
+    assert not (tmp_path / "lora" / "y0-a1").exists() and (tmp_path / "lora" / "y0-a0").exists()
     assert len(trained(run(*again, "--seed", 1, "--out", tmp_path / "lora"))) == 4
 
 
@@ -67,9 +69,9 @@ def test_only_the_split_train_is_learned_from(base, lora, tmp_path):
     assert files_of(tmp_path / "out") == files_of(lora)
 
 
-def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(base, dataset, vanilla, tmp_path):
+def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(base, dataset, embeddings, vanilla, tmp_path):
     clusters = tmp_path / "clusters"
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 2, "--min-size", 2, "--out", clusters)
+    run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 2, "--min-size", 2, "--out", clusters)
     run("finetune.py", "--method", "dreambooth", "--per", "cluster", "--base", base, "--data", clusters, "--prior",
         vanilla, *QUICK, "--ema-decay", 0.9, "--snr-gamma", 5, "--train-text-encoder", "--accumulation", 2,
         "--gradient-checkpointing", "--schedule", "cosine", "--out", tmp_path / "out")
@@ -81,10 +83,11 @@ def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(bas
     assert all(moved) and (unit / "text_encoder" / "model.safetensors").is_file()
 
 
-def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(base, dataset, tmp_path):
+def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(base, tmp_path):
     """Also in a group without a single training image: y1-a0 is in val and test alone."""
     data = make_dataset(tmp_path / "data", counts={(0, 0): 9, (0, 1): 2, (1, 0): 0, (1, 1): 9})
-    run("cluster.py", "--data", data, "--clip", base / "clip", "--within", "class", "--k", 2, "--min-size", 2,
+    run("data/embed.py", "--data", data, "--clip", base / "clip", "--out", tmp_path / "embeddings")
+    run("cluster.py", "--data", data, "--embeddings", tmp_path / "embeddings", "--within", "class", "--k", 2, "--min-size", 2,
         "--out", tmp_path / "modes")
     modes = {(row["y"], row["cluster"]) for row in imagefolder.read_metadata(tmp_path / "modes")}
     run("finetune.py", "--method", "lora", "--per", "dataset", "--balance", 0.5, "--base", base, "--data",
@@ -92,7 +95,7 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
     assert [path.name for path in (tmp_path / "out").glob("*/")] == ["all"]
     text = run("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--models", tmp_path / "out",
                "--images", 4, "--share", "even", "--steps", 2, "--clip-threshold", 0, "--out", tmp_path / "synthetic")
-    assert "drawn by the base model" not in text
+    assert "has no unit of its own" not in text
     rows = imagefolder.read_metadata(tmp_path / "synthetic")
     assert set(imagefolder.group_counts(rows).values()) == {4}
     assert {row["unit"] for row in rows} == {f"y{y}-a{a}-c{c}" for y, c in modes for a in (0, 1)}
@@ -108,7 +111,8 @@ def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path
 
 
 def test_shards_of_another_number_that_own_the_same_unit_are_refused(base, dataset, tmp_path):
-    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--out", tmp_path / "out")
+    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--rare", "own", "--out",
+            tmp_path / "out")
     process = start(*args, "--shard", "1/2", "--checkpoint-every", 1, stdout=-1, stderr=-1)
     while not checkpointed(tmp_path / "out" / ".y0-a1.partial" / "loss.csv"):
         assert process.poll() is None
@@ -139,6 +143,27 @@ def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, 
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
+COUNTS = {(0, 0): 24, (0, 1): 3, (1, 0): 12, (1, 1): 9}  # class 0 is correlated with attribute 0, class 1 with 1
+
+
+@pytest.mark.parametrize("flags, units", (
+    ((), ["y0-a0", "y1-a0", "y1-a1"]),  # an aligned group has a unit however small it is
+    (("--rare-below", 13), ["y0-a0", "y1-a1"]),
+    (("--rare-below", 3), ["y0-a0", "y0-a1", "y1-a0", "y1-a1"]),
+    (("--rare", "own", "--rare-below", 13), ["y0-a0", "y0-a1", "y1-a0", "y1-a1"]),
+    (("--rare", "transfer", "--rare-below", 1), ["y0-a0", "y1-a1"]),
+    (("--rare", "transfer", "--per", "cluster"), ["y0-a0-c0", "y1-a1-c0"]),
+    (("--rare", "transfer", "--per", "dataset"), ["all"])))
+def test_bias_conflicting_groups_have_a_unit_if_they_are_large_enough_or_always_or_never(base, tmp_path, flags, units):
+    data = make_dataset(tmp_path / "data", counts=COUNTS)
+    files.write_csv(data / "metadata.csv", [dict(row, cluster=0) for row in imagefolder.read_metadata(data)])
+    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 1, *flags, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*/")) == units
+    draws = json.loads((tmp_path / "out" / "config.json").read_text())["draws"]
+    assert sorted({draw["unit"] for draw in draws}) == units
+    assert units != ["all"] or sum(draw["images"] for draw in draws) == 48  # one model learns from all of them
+
+
 def checkpointed(path):
     """Steps that a checkpoint holds, 0 where there is none at this moment."""
     try:
@@ -162,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_unit_and_publishes_nothing(base, da
     process = start("finetune.py", "--method", "dreambooth", "--base", base, "--data", dataset, "--steps", 9,
                     "--learning-rate", "1e30", "--out", tmp_path / "out", stdout=-1, stderr=-1)
     _, errors = process.communicate()
-    assert process.returncode == 1 and "(y0-a1): loss is nan at step" in errors
+    assert process.returncode == 1 and "(y1-a1): loss is nan at step" in errors
     assert "Traceback" not in errors and not list(tmp_path.glob("out/y*"))
 
 

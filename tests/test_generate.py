@@ -6,6 +6,7 @@ import shutil
 import signal
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from conftest import files_of, make_dataset, run, start
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPProcessor
 
 from common import files, imagefolder
 from generate import share_out
@@ -21,8 +24,53 @@ from generate import share_out
 
 @pytest.fixture(scope="module")
 def command(base, dataset):
+    """Without a filter, as the fixture vanilla is drawn."""
     return ("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--batch", 4, "--steps", 2,
             "--clip-threshold", 0)
+
+
+@pytest.fixture(scope="module")
+def filtering(command, embeddings):
+    """With the paper's filter."""
+    return (*command[:-2], "--embeddings", embeddings)
+
+
+@pytest.fixture(scope="module")
+def filtered(filtering, tmp_path_factory):
+    """6 images a group, the best of 8 drawn."""
+    out = tmp_path_factory.mktemp("synthetic") / "filtered"
+    run(*filtering, "--images", 6, "--out", out)
+    return out
+
+
+def candidates(folder):
+    """The rows of a unit's candidates.csv."""
+    return [(int(row["index"]), float(row["clip_score"]), row["fault"]) for row in files.read_csv(folder / "candidates.csv")]
+
+
+def picked(out, unit):
+    """The indices of a unit's selected images, as metadata.csv lists them."""
+    return [int(row["file_name"].split("/")[1].removesuffix(".png")) for row in imagefolder.read_metadata(out)
+            if row["unit"] == unit]
+
+
+def scores_by_hand(base, dataset, folder, group, alpha, class_text):
+    """alpha * cos(image, prompt of the class) + (1 - alpha) * cos(image, mean of the group's real images), with transformers
+    alone; of all images of a folder."""
+    clip, processor = CLIPModel.from_pretrained(base / "clip"), CLIPProcessor.from_pretrained(base / "clip")
+
+    def of_images(paths):
+        pixels = processor(images=[Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]
+        return F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=1)
+
+    with torch.no_grad():
+        tokens = processor(text=class_text, padding="max_length", return_tensors="pt")
+        texts = F.normalize(clip.text_projection(clip.text_model(**tokens).pooler_output), dim=1)
+        real = [dataset / row["file_name"] for row in imagefolder.read_metadata(dataset, "train")
+                if imagefolder.group_of(row) == group]
+        drawn = of_images(sorted(folder.glob("*.png")))
+        scores = alpha * drawn @ F.normalize(texts.mean(0), dim=0)
+        return scores + (1 - alpha) * drawn @ F.normalize(of_images(real).mean(0), dim=0) if alpha < 1 else scores
 
 
 def test_shares_sum_up_and_follow_the_weights():
@@ -35,7 +83,8 @@ def test_every_group_has_as_many_images_in_the_one_format(vanilla):
     rows = imagefolder.read_metadata(vanilla)
     assert set(imagefolder.group_counts(rows).values()) == {5} and {row["split"] for row in rows} == {"train"}
     assert len({row["seed"] for row in rows}) == 20
-    assert {"unit", "clip_score"} <= set(rows[0])
+    assert set(rows[0]) - set(imagefolder.REQUIRED) == {"unit", "clip_score", "seed", "prompt", "negative_prompt",
+                                                        "guidance_scale"}
     assert all((vanilla / f"{group}.png").is_file() for group in imagefolder.group_counts(rows))
 
 
@@ -48,8 +97,111 @@ def test_more_images_keep_the_first_and_fewer_are_a_part(command, vanilla, tmp_p
     assert (tmp_path / "v" / "metadata.csv").read_bytes() == (vanilla / "metadata.csv").read_bytes()
 
 
-def test_a_killed_generation_resumes_and_draws_the_same_bytes(command, tmp_path):
-    args = (*command, "--images", 40, "--out")
+@pytest.mark.parametrize("alpha", (0.5, 0.2, 1))
+def test_the_clip_score_is_that_of_the_paper(base, dataset, filtering, alpha, tmp_path):
+    """Without a column class_text, the prompt of a class is the mean of its groups'."""
+    run(*filtering, "--images", 3, "--alpha", alpha, "--out", tmp_path / "v")
+    for group in ("y0-a1", "y1-a1"):
+        texts = [f"a photo of an {('even', 'odd')[int(group[1])]} digit on a {a} background" for a in ("red", "green")]
+        expected = scores_by_hand(base, dataset, tmp_path / "v" / group, group, alpha, texts)
+        assert [score for _, score, _ in candidates(tmp_path / "v" / group)] == pytest.approx(expected.tolist(), abs=2e-4)
+
+
+def test_the_score_compares_with_the_prompt_of_the_class_where_the_data_have_one(base, dataset, command, filtering, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    rows = [dict(row, class_text=f"a photo of an {('even', 'odd')[row['y']]} digit") for row in imagefolder.read_metadata(data)]
+    files.write_csv(data / "metadata.csv", rows)
+    args = (*filtering[:6], data, *filtering[7:], "--images", 3, "--out", tmp_path / "v")
+    run(*args)
+    expected = scores_by_hand(base, data, tmp_path / "v" / "y1-a0", "y1-a0", 0.5, ["a photo of an odd digit"])
+    assert [score for _, score, _ in candidates(tmp_path / "v" / "y1-a0")] == pytest.approx(expected.tolist(), abs=2e-4)
+    before = (tmp_path / "v" / "y1-a0" / "00000.png").stat().st_mtime_ns
+    assert "drawn" not in run(*args)
+    files.write_csv(data / "metadata.csv", [dict(row, class_text="a photo of a digit") for row in rows])
+    run(*args)
+    assert (tmp_path / "v" / "y1-a0" / "00000.png").stat().st_mtime_ns != before
+
+
+def test_exactly_the_best_three_quarters_of_the_images_drawn_are_selected_and_all_stay_on_disk(filtered):
+    counts = json.loads((filtered / "config.json").read_text())["counts"]
+    assert len(imagefolder.read_metadata(filtered)) == 24
+    for unit in ("y0-a0", "y0-a1", "y1-a0", "y1-a1"):
+        drawn = candidates(filtered / unit)
+        assert [index for index, _, fault in drawn if not fault] == list(range(8)) == [
+            int(path.stem) for path in sorted((filtered / unit).glob("*.png"))]
+        best = sorted(drawn, key=lambda row: -row[1])[:6]
+        assert picked(filtered, unit) == sorted(index for index, _, _ in best)
+        assert min(score for _, score, _ in best) > max(row[1] for row in drawn if row not in best)
+        assert counts[unit] == {"kept": 6, "clip": 2, "blank": 0, "nan": 0}
+    assert any(picked(filtered, unit) != list(range(6)) for unit in counts)
+
+
+def test_images_that_only_complete_a_batch_do_not_compete(filtering, tmp_path):
+    run(*filtering, "--images", 5, "--keep", 0.8, "--out", tmp_path / "v")  # 7 of 8
+    for unit in ("y0-a0", "y0-a1", "y1-a0", "y1-a1"):
+        drawn = candidates(tmp_path / "v" / unit)
+        assert len(drawn) == 8 and picked(tmp_path / "v", unit) == sorted(
+            index for index, _, _ in sorted(drawn[:7], key=lambda row: -row[1])[:5])
+    counts = json.loads((tmp_path / "v" / "config.json").read_text())["counts"]
+    assert set(map(json.dumps, counts.values())) == {json.dumps({"kept": 5, "clip": 2, "blank": 0, "nan": 0})}
+
+
+def test_without_a_group_mean_no_embeddings_are_needed(command, tmp_path):
+    args = (*command[:-2], "--images", 3, "--out", tmp_path / "v")
+    run(*args, fails="--embeddings: the CLIP score needs the embeddings of the real images (run data/embed.py, or use --alpha 1)")
+    run(*args, "--alpha", 0.99, fails="--embeddings")
+    run(*args, "--alpha", 1)
+    assert len(imagefolder.read_metadata(tmp_path / "v")) == 12
+
+
+def test_a_group_without_real_images_is_scored_by_its_class_alone(base, command, tmp_path):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 4, (1, 0): 0, (1, 1): 4})
+    run("data/embed.py", "--data", data, "--clip", base / "clip", "--out", tmp_path / "e")
+    run(*command[:5], "--data", data, *command[7:-2], "--embeddings", tmp_path / "e", "--images", 3, "--out", tmp_path / "v")
+    for group, alpha in (("y1-a0", 1), ("y1-a1", 0.5)):
+        texts = [f"a photo of an odd digit on a {a} background" for a in ("red", "green")]
+        expected = scores_by_hand(base, data, tmp_path / "v" / group, group, alpha, texts)
+        assert [score for _, score, _ in candidates(tmp_path / "v" / group)] == pytest.approx(expected.tolist(), abs=2e-4)
+
+
+def test_without_a_filter_the_first_images_drawn_are_selected(filtering, vanilla, filtered, tmp_path):
+    run(*filtering, "--images", 5, "--keep", 1, "--out", tmp_path / "v")
+    for unit in ("y0-a0", "y0-a1", "y1-a0", "y1-a1"):
+        assert picked(tmp_path / "v", unit) == list(range(5)) == picked(vanilla, unit)
+        for index in range(5):
+            assert len({(out / unit / f"{index:05}.png").read_bytes() for out in (tmp_path / "v", vanilla, filtered)}) == 1
+    counts = json.loads((tmp_path / "v" / "config.json").read_text())["counts"]
+    assert all(count == {"kept": 5, "clip": 0, "blank": 0, "nan": 0} for count in counts.values())
+
+
+def test_a_strict_filter_draws_as_many_as_it_needs(filtering, tmp_path):
+    """More than --max-tries per image: the limit is for images that cannot be used."""
+    run(*filtering, "--images", 1, "--keep", 0.04, "--batch", 8, "--max-tries", 2, "--out", tmp_path / "v")
+    for row in imagefolder.read_metadata(tmp_path / "v"):
+        drawn = candidates(tmp_path / "v" / row["unit"])
+        assert len(drawn) == 32 and float(row["clip_score"]) == max(score for _, score, _ in drawn[:25])
+
+
+def test_another_share_or_more_images_draw_only_what_is_missing(filtering, filtered, tmp_path):
+    shutil.copytree(filtered, tmp_path / "v")
+
+    def times():
+        return {path.relative_to(tmp_path / "v"): path.stat().st_mtime_ns for path in (tmp_path / "v").glob("y*/0*.png")}
+
+    before = times()
+    run(*filtering, "--images", 6, "--keep", 0.9, "--out", tmp_path / "v")
+    assert times() == before
+    run(*filtering, "--images", 12, "--out", tmp_path / "v")
+    after = times()
+    assert len(after) == 4 * 16 and before.items() <= after.items()
+    assert set(imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "v")).values()) == {12}
+    run(*filtering, "--images", 6, "--out", tmp_path / "v")
+    assert times() == after and (tmp_path / "v" / "metadata.csv").read_bytes() == (filtered / "metadata.csv").read_bytes()
+
+
+@pytest.mark.parametrize("how", ("command", "filtering"))
+def test_a_killed_generation_resumes_and_draws_the_same_bytes(how, request, tmp_path):
+    args = (*request.getfixturevalue(how), "--images", 40, "--out")
     run(*args, tmp_path / "whole")
     process = start(*args, tmp_path / "cut", stdout=-1, stderr=-1, start_new_session=True)
     while not list(tmp_path.glob("cut/.y0-a1.partial/candidates.csv")):
@@ -72,7 +224,7 @@ def test_batch_size_changes_images_by_float_noise_alone(command, vanilla, tmp_pa
         assert abs(one - other).max() <= 1
 
 
-def test_what_clip_rejects_is_counted_and_replaced(command, vanilla, tmp_path):
+def test_below_a_threshold_what_clip_rejects_is_counted_and_replaced(command, vanilla, tmp_path):
     scores = [statistics.median(float(row["clip_score"]) for row in imagefolder.read_metadata(vanilla)
                                 if imagefolder.group_of(row) == group) for group in ("y0-a0", "y0-a1", "y1-a0", "y1-a1")]
     threshold = min(scores)  # about half of the images of one group are below it
@@ -90,31 +242,69 @@ def test_a_unit_that_cannot_fill_its_share_is_a_one_line_error(command, tmp_path
     assert not (tmp_path / "v" / "metadata.csv").exists()
 
 
-def test_a_group_without_training_images_falls_back_to_the_base_and_is_reported(base, dataset, command, tmp_path):
+def test_a_group_without_training_images_is_drawn_by_the_models_of_its_class_and_is_reported(base, command, tmp_path):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4, (1, 0): 0, (1, 1): 4})
     run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 2, "--out", tmp_path / "lora")
     text = run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 3,
                "--out", tmp_path / "v")
-    assert "odd digit on a red background (y1-a0): no training images, drawn by the base model" in text
+    assert ("odd digit on a red background (y1-a0): has no unit of its own, drawn by the models of odd digit on a green "
+            "background (y1-a1)") in text and text.count("no unit of its own") == 1
     assert imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "v")) == {"y0-a0": 3, "y1-a0": 3, "y1-a1": 3}
     units = {row["unit"] for row in imagefolder.read_metadata(tmp_path / "v")}
-    assert units == {"y0-a0", "y1-a0", "y1-a1"}
+    assert units == {"y0-a0", "y1-a0-by-y1-a1", "y1-a1"}
+
+
+def test_a_class_without_training_images_falls_back_to_the_base_and_is_reported(base, command, tmp_path):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 4, (0, 1): 2, (1, 1): 0})
+    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--rare", "own", "--steps", 1, "--out",
+        tmp_path / "lora")
+    text = run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 1, "--out", tmp_path / "v")
+    assert "odd digit on a green background (y1-a1): has no unit of its own, drawn by the base model" in text
+    row = imagefolder.read_metadata(tmp_path / "v")[-1]
+    assert (row["unit"], row["prompt"], row["negative_prompt"]) == ("y1-a1", row["text"], "")
+
+
+def test_rare_groups_are_drawn_by_each_cluster_of_the_aligned_group(base, dataset, embeddings, command, tmp_path):
+    """In proportion to the clusters' sizes, without their identifier, away from the words that only that group has."""
+    run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 2, "--out", tmp_path / "c")
+    run("finetune.py", "--method", "lora", "--per", "cluster", "--base", base, "--data", tmp_path / "c", "--steps", 1,
+        "--out", tmp_path / "lora")
+    clusters = {(imagefolder.group_of(row), row["cluster"]) for row in imagefolder.read_metadata(tmp_path / "c")}
+    assert {("y0-a0", "0"), ("y0-a0", "1")} <= clusters
+    run(*command, "--models", tmp_path / "lora", "--images", 6, "--guidance-scale", 1.5, "--transfer-guidance", 3,
+        "--out", tmp_path / "v")
+    rows = imagefolder.read_metadata(tmp_path / "v")
+    assert set(imagefolder.group_counts(rows).values()) == {6}
+    by_group = {group: [row for row in rows if imagefolder.group_of(row) == group] for group in imagefolder.group_counts(rows)}
+    assert {row["unit"] for row in by_group["y0-a1"]} == {"y0-a1-by-y0-a0-c0", "y0-a1-by-y0-a0-c1"}
+    assert Counter(row["unit"].split("-by-")[1] for row in by_group["y0-a1"]) == Counter(
+        row["unit"] for row in by_group["y0-a0"])
+    assert {(row["prompt"], row["negative_prompt"], row["guidance_scale"]) for row in by_group["y0-a1"]} == {
+        ("a photo of an even digit on a green background", "red", "3.0")}
+    assert {(row["prompt"], row["negative_prompt"], row["guidance_scale"]) for row in by_group["y1-a1"]} == {
+        ("a photo of an odd digit on a green background sks", "", "1.5")}
 
 
 def test_an_image_can_be_drawn_again_from_its_row_in_plain_diffusers(base, dataset, command, tmp_path):
-    """metadata.csv has prompt and seed, config.json steps, guidance scale and base."""
+    """metadata.csv has prompts, guidance scale and seed, config.json steps and base."""
     run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 2, "--learning-rate", 0.1, "--out",
         tmp_path / "lora")
-    run(*command, "--models", tmp_path / "lora", "--images", 1, "--out", tmp_path / "v")
-    row = imagefolder.read_metadata(tmp_path / "v")[-1]
+    run(*command, "--models", tmp_path / "lora", "--images", 1, "--guidance-scale", 1.5, "--transfer-guidance", 3, "--out",
+        tmp_path / "v")
+    transferred, own = imagefolder.read_metadata(tmp_path / "v")[-2:]
+    assert (transferred["unit"], own["unit"]) == ("y1-a0-by-y1-a1", "y1-a1") and own["prompt"] == f"{own['text']} sks"
+    assert transferred["prompt"] == transferred["text"] and transferred["negative_prompt"] == "green"
     settings = files.read_json(tmp_path / "v" / "config.json")["arguments"]
     pipe = StableDiffusionPipeline.from_pretrained(settings["base"])
-    pipe.load_lora_weights(Path(settings["models"]) / row["unit"])
+    pipe.load_lora_weights(Path(settings["models"]) / "y1-a1")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
-    image = pipe(row["prompt"], num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"],
-                 generator=torch.Generator().manual_seed(int(row["seed"]))).images[0]
-    drawn = np.asarray(Image.open(tmp_path / "v" / row["file_name"]), int)
-    assert row["prompt"] == f"{row['text']} sks" and abs(drawn - np.asarray(image, int)).max() <= 1 < drawn.std()
+    for row in (transferred, own):
+        drawn = np.asarray(Image.open(tmp_path / "v" / row["file_name"]), int)
+        image, other = (pipe(row["prompt"], negative_prompt=negative, num_inference_steps=settings["steps"],
+                             guidance_scale=float(row["guidance_scale"]), generator=torch.Generator().manual_seed(
+                                 int(row["seed"]))).images[0] for negative in (row["negative_prompt"], "blue"))
+        assert abs(drawn - np.asarray(image, int)).max() <= 1 < drawn.std()
+        assert abs(drawn - np.asarray(other, int)).max() > 1  # the negative prompt counts
 
 
 def test_a_lost_or_edited_image_is_drawn_again(command, vanilla, tmp_path):
@@ -127,7 +317,8 @@ def test_a_lost_or_edited_image_is_drawn_again(command, vanilla, tmp_path):
 
 
 def test_weights_of_another_base_or_changed_since_are_refused(base, dataset, command, tmp_path):
-    run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 1, "--out", tmp_path / "lora")
+    run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--rare", "own", "--steps", 1, "--out",
+        tmp_path / "lora")
     other = shutil.copytree(base, tmp_path / "other")
     files.write_json(other / "scheduler" / "scheduler_config.json",
                      files.read_json(other / "scheduler" / "scheduler_config.json") | {"beta_end": 0.013})
@@ -162,13 +353,13 @@ def vanilla_of(path):
     return path / "v"
 
 
-def test_a_unit_without_a_share_is_not_drawn(base, dataset, command, tmp_path):
-    run("cluster.py", "--data", dataset, "--clip", base / "clip", "--k", 5, "--min-size", 2, "--out", tmp_path / "c")
+def test_a_unit_without_a_share_is_not_drawn(base, dataset, embeddings, command, tmp_path):
+    run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 5, "--min-size", 2, "--out", tmp_path / "c")
     run("finetune.py", "--method", "lora", "--per", "cluster", "--base", base, "--data", tmp_path / "c", "--steps", 1,
         "--out", tmp_path / "lora")
     args = (*command, "--models", tmp_path / "lora", "--images", 2, "--out", tmp_path / "v")
-    assert "wanted" in run(*args)
-    assert "wanted" not in run(*args) and len(imagefolder.read_metadata(tmp_path / "v")) == 8
+    assert "images drawn" in run(*args)
+    assert "images drawn" not in run(*args) and len(imagefolder.read_metadata(tmp_path / "v")) == 8
 
 
 def test_invalid_input_is_a_one_line_error(command, tmp_path):
