@@ -181,21 +181,14 @@ class Unit:
 
 
 def units_of(rows, prior_rows, args):
-    """The units of the training rows, sorted by name.
-
-    Without the groups that are to be drawn by the models of their class's bias-aligned group (paper, severe bias).
-    """
-    members, counts = {}, imagefolder.group_counts(rows)
-    aligned = {y: imagefolder.correlated_attribute(counts, y) for y in {row["y"] for row in rows}}
-    fewest = {"own": 0, "auto": args.rare_below, "transfer": len(rows)}[args.rare]
+    """The units of the training rows, sorted by name."""
+    members = {}
     for row in rows:
-        if args.per != "dataset" and row["a"] != aligned[row["y"]] and counts[imagefolder.group_of(row)] < fewest:
-            continue
         group = imagefolder.group_of(row)
         name = {"group": group, "cluster": f"{group}-c{row.get('cluster')}", "dataset": "all"}[args.per]
         members.setdefault(name, []).append(row)
     return [Unit(name, rows, [prompt_template(row, args) for row in rows],
-                 [row for row in prior_rows if (row["y"] == rows[0]["y"] if args.prior_groups == "class" else imagefolder.group_of(row) in imagefolder.group_counts(rows))])
+                 [row for row in prior_rows if imagefolder.group_of(row) in imagefolder.group_counts(rows)])
             for name, rows in sorted(members.items())]
 
 
@@ -257,10 +250,6 @@ def parse(argv=None):
     how = parser.add_argument_group("training")
     how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
     how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
-    what.add_argument("--prior-groups", default="own", choices=("own","class"))
-    what.add_argument("--rare", choices=("own", "transfer", "auto"), default="auto", help="which bias-conflicting groups have "
-                      "no unit, but are drawn by the models of their class's aligned group: none, all, or those below --rare-below")
-    what.add_argument("--rare-below", type=count, default=10, help="training images that a group needs for a unit of its own")
     how.add_argument("--balance", type=stage.number(float, 0, 1), default=0.0, help="--per dataset: from 0 (images are "
                      "drawn as they come) to 1 (all groups equally often)")
     how.add_argument("--steps", type=count, default=800, help="optimiser steps per unit (diffusers: 400 to 800)")

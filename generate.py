@@ -18,7 +18,6 @@ OUT/config.json.
 """
 
 import math
-import re
 import time
 from pathlib import Path
 
@@ -159,71 +158,40 @@ def fault_of(image):
 def draws_of(rows, prompts, titles, args):
     """What is to be drawn: one dict per unit, with its name, group, prompt, negative prompt, guidance scale, folder of
     weights (or None) and share of the images."""
-    trained = read_models(args) if args.models else []
+    trained = models.read_draws(args.models, args.base) if args.models else []
     counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
+    fewest = {"own": 1, "auto": args.rare_below, "transfer": math.inf}[args.rare]
     draws = []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
-        mine, negative, guidance = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)], "", args.guidance_scale
-        if args.across and trained:
-            mine = [dict(draw, prompt=draw["prompt"] if args.keep_identifier else "{text}", suffix=f"-by-{draw['unit']}") for draw in trained if draw["y"] == y]
-            others = {word for other, words in prompts.items() if other != group and imagefolder.labels_of(other)[0] == y for word in words.split()}
-            negative = " ".join(sorted(others - set(text.split())))
-            guidance = args.transfer_guidance
-        if args.models and not mine:
-            mine, negative = transferred(group, prompts, trained, counts, args)
-            guidance = args.transfer_guidance if mine else guidance
-            source = f"the models of {titles[imagefolder.group_name(y, mine[0]['a'])]}" if mine else "the base model"
-            print(f"{titles[group]}: has no unit of its own, drawn by {source}")
+        mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
+        negative, guidance, common = "", args.guidance_scale, imagefolder.correlated_attribute(counts, y)
+        from_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
+        if a != common and from_common and counts.get(group, 0) < fewest:
+            mine, negative, guidance = transferred(from_common), words_in(prompts[f"y{y}-a{common}"], text), args.rare_guidance
+            print(f"{titles[group]}: drawn by the models of {titles[imagefolder.group_name(y, common)]}")
+        elif args.models and not mine:
+            print(f"{titles[group]}: no training images, drawn by the base model")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
-        draws += [{"name": group + draw["suffix"], "group": group,
-                   "title": imagefolder.unit_title(group + draw["suffix"], titles), "prompt": draw["prompt"].replace("{text}", text),
-                   "negative": negative, "guidance": guidance,
+        draws += [{"name": group + draw["suffix"], "group": group, "title": imagefolder.unit_title(group + draw["suffix"], titles),
+                   "prompt": draw["prompt"].replace("{text}", text), "negative": negative, "guidance": guidance,
                    "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
                   for draw, share in zip(mine, shares) if share]
     return draws
 
 
-def transferred(group, prompts, trained, counts, args):
-    """The draws of a group that has no unit of its own, and their negative prompt (paper, severe bias).
+def transferred(draws):
+    """The draws of a common group's units, for the rare group of its class (paper, severe bias): without the identifier.
 
-    The models of its class's bias-aligned group draw it, without their identifier, from its own prompt, with the words
-    that are in that group's prompt alone as negative prompt.
+    The rare group's own prompt swaps the attribute's words, and the common group's become the negative prompt.
     """
-    y = imagefolder.labels_of(group)[0]
-    common = imagefolder.group_name(y, imagefolder.correlated_attribute(counts, y))
-    draws = [dict(draw, prompt=draw["prompt"] if args.keep_identifier else "{text}", suffix=f"-by-{draw['unit']}") for draw in trained
-             if imagefolder.group_name(draw["y"], draw["a"]) == common]
-    return draws, " ".join(word for word in prompts.get(common, "").split() if word not in prompts[group].split())
+    return [dict(draw, prompt="{text}", suffix=f"-by-{draw['unit']}") for draw in draws]
 
 
-def read_models(args):
-    """The draws that finetune.py recorded in MODELS/config.json. Raises InputError unless they fit --base."""
-    path = args.models / "config.json"
-    if not path.is_file():
-        raise InputError(path, "not found", "point --models to the output folder of a finished finetune.py")
-    config = files.read_json(path)
-    try:
-        for draw in config["draws"]:  # unit and suffix become names of folders
-            if not (re.fullmatch(r"all|y\d+-a\d+(-c\d+)?", draw["unit"])
-                    and re.fullmatch(r"(-c\d+)?", draw["suffix"])
-                    and {int} == {type(draw[name]) for name in ("y", "images")} and draw["images"] > 0):
-                raise ValueError(draw)
-            draw["a"], draw["key"], draw["prompt"].replace("", "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(path, "was not written by finetune.py", "run finetune.py again") from None
-    if config.get("base") != files.model_digest(args.base):
-        raise InputError(args.models, f"was fine-tuned from another base model than --base {args.base}",
-                         "run finetune.py with this --base")
-    return config["draws"]
-
-
-def check_weights(draw):
-    """Raises InputError unless a unit's weights are those that finetune.py published."""
-    if draw["folder"] and not stage.is_published(draw["folder"], draw["trained"]):
-        changed = ", ".join(stage.changed_files(draw["folder"])) or "the unit"
-        raise InputError(draw["folder"], f"{changed} was removed or changed since fine-tuning", "run finetune.py again")
+def words_in(prompt, other):
+    """The words of a prompt that another one does not contain."""
+    return " ".join(word for word in prompt.split() if word not in other.split())
 
 
 def image_name(row):
@@ -246,8 +214,8 @@ def main(argv=None):
     prompts = imagefolder.group_prompts(rows)
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
     score_by = [imagefolder.class_prompts(rows), args.embeddings and models.embeddings_digest(args.embeddings)]
-    made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep", "embeddings"),
-                           prompts, score_by, files.model_digest(args.base), files.model_digest(args.clip),
+    made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
+                                             "embeddings", "rare", "rare_below", "rare_guidance"), prompts, score_by, files.model_digest(args.base), files.model_digest(args.clip),
                            stage.code_digest(__file__, models.__file__, stage.seed_of))
     for draw in draws:
         draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["negative"], draw["guidance"], draw["trained"])
@@ -256,7 +224,7 @@ def main(argv=None):
     todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw, args)]
     if todo:
         for draw in todo:
-            check_weights(draw)
+            models.check_weights(draw["folder"], draw["trained"])
         device = models.pick_device(args.device)
         sampler = models.Sampler(args.base, device, models.use_bf16(args.precision, device))
         score = ClipScore(models.Clip(args.clip, device), rows, prompts, args)
@@ -288,10 +256,12 @@ def parse(argv=None):
     parser.add_argument("--steps", type=count, default=20, help="steps of DPM-Solver++")
     parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0,
                         help="classifier-free guidance; 1: none (half the cost)")
-    parser.add_argument("--transfer-guidance", type=stage.number(float, 1), default=2.0, help="guidance scale of groups that "
-                        "another group's models draw")
-    parser.add_argument("--across", action=stage.Flag, default=False)
-    parser.add_argument("--keep-identifier", action=stage.Flag, default=False)
+    parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws groups other than the "
+                        "most common one of their class: models of their own, that group's models, or these if the group has "
+                        "fewer than --rare-below training images")
+    parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
+    parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0,
+                        help="guidance scale of transferred groups; above 1, their negative prompt takes effect")
     parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images drawn for a unit that is "
                         "kept, those with the best CLIP score (paper: 0.75); 1: no filter")
     parser.add_argument("--alpha", type=stage.number(float, 0, 1), default=0.5, help="weight of the class's prompt in the CLIP "
@@ -357,15 +327,7 @@ def publish(draws, prompts, made_by, args, inputs):
         inputs.pop(str(args.models), None)
     stage.finish(args.out, args, files.digest(made_by, rows), inputs, counts=counts)
     if args.drop_weights:
-        drop_weights(args.models)
-
-
-def drop_weights(folder):
-    """Removes fine-tuned weights, and the config.json that says that they are there; loss curves stay."""
-    (folder / "config.json").unlink(missing_ok=True)
-    for unit in folder.glob("*/"):
-        for name in ("unet", "text_encoder", models.LORA_FILE):
-            files.remove(unit / name)
+        models.drop_weights(args.models)
 
 
 def save_sheet(path, folder, rows):

@@ -1,6 +1,7 @@
 """The pretrained models: Stable Diffusion and CLIP, by folder or hub id, and where and how precisely they run."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -192,6 +193,42 @@ def save_weights(out, base, method, dtype, text_encoder):
     if text_encoder:
         base.text_encoder.to(dtype).save_pretrained(out / "text_encoder")
         base.text_encoder.float()
+
+
+def read_draws(folder, base):
+    """What finetune.py recorded in MODELS/config.json: what its units can draw. Raises InputError unless they fit --base."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(path, "not found", "point --models to the output folder of a finished finetune.py")
+    config = files.read_json(path)
+    try:
+        for draw in config["draws"]:  # unit and suffix become names of folders
+            if not (re.fullmatch(r"all|y\d+-a\d+(-c\d+)?", draw["unit"])
+                    and re.fullmatch(r"(-c\d+)?", draw["suffix"])
+                    and {int} == {type(draw[name]) for name in ("y", "images")} and draw["images"] > 0):
+                raise ValueError(draw)
+            draw["a"], draw["key"], draw["prompt"].replace("", "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(path, "was not written by finetune.py", "run finetune.py again") from None
+    if config.get("base") != files.model_digest(base):
+        raise InputError(folder, f"was fine-tuned from another base model than --base {base}",
+                         "run finetune.py with this --base")
+    return config["draws"]
+
+
+def check_weights(unit, key):
+    """Raises InputError unless the weights of a unit, a folder or None, are those that finetune.py published."""
+    if unit and not stage.is_published(unit, key):
+        changed = ", ".join(stage.changed_files(unit)) or "the unit"
+        raise InputError(unit, f"{changed} was removed or changed since fine-tuning", "run finetune.py again")
+
+
+def drop_weights(folder):
+    """Removes fine-tuned weights, and the config.json that says that they are there; loss curves stay."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for unit in folder.glob("*/"):
+        for name in ("unet", "text_encoder", LORA_FILE):
+            files.remove(unit / name)
 
 
 class Sampler:

@@ -2,20 +2,22 @@
 # .csv), list_eval_partition.txt (or .csv) and img_align_celeba. We have not run it on the real images.
 ROOT       ?= downloads/celeba
 BIAS       ?= natural
+# paper: make paper
+PAPER_BIASES ?= natural 0.999
 # ours: the paper says Stable Diffusion; CLIP is Stable Diffusion 1.5's text encoder
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14
 # ours: thousands of images a group
 CLUSTER    ?= --min-size 100 --k-max 10
 IMAGES     ?= 2000
-# ours: as for Waterbirds
-GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
+# paper: alpha, keep, and at 0.999 no models of rare groups (of 67 images at most); ours: as for Waterbirds
+GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16 --alpha 0.5 --keep 0.75 --rare-below 100
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 2000 --batch 4 --learning-rate 1e-4 --rank 16
 DREAMBOOTH ?= --steps 2000 --batch 1 --learning-rate 5e-6 --prior-weight 1 --gradient-checkpointing
 COMPOSITIONAL ?= --steps 8000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gradient-checkpointing
 # from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-4, weight decay 1e-4, 50 epochs, random
-# crops and flips at 224 pixels.
+# crops and flips at 224 pixels. paper: beta
 EPOCHS     ?= 50
 CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --augment crop-flip --batch 128 \
-  --learning-rate 1e-4 --weight-decay 1e-4
+  --learning-rate 1e-4 --weight-decay 1e-4 --beta 0.5

@@ -14,7 +14,7 @@ beta.of           = beta1+clustered beta0.9+clustered clustered beta0.1+clustere
 images.of         = clustered-images50 clustered-images100 clustered clustered-images500
 second-stage.of   = clustered two-stage-whole+clustered
 prior.of          = clustered clustered-no-prior
-rare.of           = dreambooth-own dreambooth-transfer clustered-own clustered-transfer clustered
+rare.of           = $(foreach m,lora dreambooth clustered,$m-own $m-transfer)
 
 # Other clusters, and models of them.
 clusters-k1.cluster      = --k 1
@@ -30,11 +30,13 @@ clustered-k10.finetune      = $(call on,clusters-k10)
 clustered-k5-rare.finetune  = $(call on,clusters-k5-rare)
 clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 
-# Rare groups drawn by models of their own, or by those of their class's bias-aligned group, whatever their size.
-dreambooth-own.finetune      = $(dreambooth.finetune) --rare own
-dreambooth-transfer.finetune = $(dreambooth.finetune) --rare transfer
-clustered-own.finetune       = $(clustered.finetune) --rare own
-clustered-transfer.finetune  = $(clustered.finetune) --rare transfer
+# Rare groups drawn by models of their own, or by those of the common group of their class, whatever their size.
+lora-own.generate            = --rare own --models $(RUN)/models/lora
+lora-transfer.generate       = --rare transfer --models $(RUN)/models/lora
+dreambooth-own.generate      = --rare own --models $(RUN)/models/dreambooth
+dreambooth-transfer.generate = --rare transfer --models $(RUN)/models/dreambooth
+clustered-own.generate       = --rare own --models $(RUN)/models/clustered
+clustered-transfer.generate  = --rare transfer --models $(RUN)/models/clustered
 
 # Other images of clustered's models.
 clustered-alpha0.generate    = --alpha 0 --models $(RUN)/models/clustered
