@@ -36,8 +36,8 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(base, dataset, classifier):
-    return {"base": base, "clip": base / "clip", "data": dataset, "classifier": classifier}
+def place(base, dataset, embeddings, classifier):
+    return {"base": base, "clip": base / "clip", "data": dataset, "embeddings": embeddings, "classifier": classifier}
 
 
 # ------------------------------------------------------------------------------------------- metadata.csv
@@ -95,15 +95,16 @@ METADATA = {  # what stands in it, and what is said of it
     "the wrong columns in quotes": ('"file_name,split,y,a,text"\n' + GOOD, "has no column 'file_name'"),
 }
 ROLES = {  # where a script takes a folder of images
-    "cluster": "cluster.py --data {bad} --clip {clip} --out {out}",
+    "embed": "data/embed.py --data {bad} --clip {clip} --out {out}",
+    "cluster": "cluster.py --data {bad} --embeddings {embeddings} --out {out}",
     "finetune": "finetune.py --method lora --base {base} --data {bad} --out {out}",
     "prior": "finetune.py --method dreambooth --base {base} --data {data} --prior {bad} --out {out}",
-    "generate": "generate.py --base {base} --clip {clip} --data {bad} --out {out}",
+    "generate": "generate.py --base {base} --clip {clip} --data {bad} --embeddings {embeddings} --out {out}",
     "classifier": "train_classifier.py --recipe erm --data {bad} --out {out}",
     "synthetic": "train_classifier.py --recipe two-stage --data {data} --synthetic {bad} --out {out}",
     "evaluate": "evaluate.py --classifiers {classifier} --data {bad} --out {out}",
-    "images": "evaluation/images.py --data {bad} --synthetic {data} --clip {clip} --out {out}",
-    "measured": "evaluation/images.py --data {data} --synthetic {bad} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {bad} --embeddings {embeddings} --synthetic {data} --clip {clip} --out {out}",
+    "measured": "evaluation/images.py --data {data} --embeddings {embeddings} --synthetic {bad} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {bad} --out {out}",
 }
 OF_FOLDERS = {f"{role}: {what}": (role, what) for role in ROLES if role != "folder" for what in METADATA}
@@ -156,10 +157,11 @@ def test_no_script_writes_over_what_no_stage_wrote(role, place, tmp_path):
 # --------------------------------------------------------------------------------------------------- flags
 
 NUMBERS = {
-    "cluster.py": "k k-max min-size batch seed",
-    "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
+    "data/embed.py": "batch",
+    "cluster.py": "k k-max min-size seed",
+    "finetune.py": "rare-below balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
-    "generate.py": "images steps guidance-scale clip-threshold max-tries batch seed",
+    "generate.py": "images steps guidance-scale transfer-guidance keep alpha clip-threshold max-tries batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature dro-step jtt-upsampling",
     "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
@@ -190,14 +192,20 @@ CONTRADICTIONS = {
     "train_classifier.py --recipe erm --weights imagenet --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe erm --arch resnet18 --weights x.safetensors --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe all --data {data} --out {out}": "--recipe",
-    "cluster.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
-    "cluster.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
-    "cluster.py --data {data} --clip {clip} --within dataset --out {out}": "--within",
-    "cluster.py --data {data} --clip {clip} --unknown 3 --out {out}": "--unknown",
-    "cluster.py --data {data} --out {out}": "--clip",
+    "finetune.py --method lora --rare never --base x --data {data} --out {out}": "--rare",
+    "data/embed.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
+    "data/embed.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
+    "data/embed.py --data {data} --encoder x --out {out}": "--clip",
+    "cluster.py --data {data} --embeddings {embeddings} --within dataset --out {out}": "--within",
+    "cluster.py --data {data} --embeddings {embeddings} --unknown 3 --out {out}": "--unknown",
+    "cluster.py --data {data} --out {out}": "--embeddings",
+    "generate.py --base {base} --clip {clip} --data {data} --out {out}": "--embeddings",
+    "generate.py --base {base} --clip {clip} --data {data} --keep 0 --out {out}": "--keep: 0 is not between 0.01 and 1",
+    "generate.py --base {base} --clip {clip} --data {data} --keep 1.1 --out {out}": "--keep: 1.1 is not between 0.01 and 1",
     "evaluate.py --out {out}": "--data, --classifiers",
     "evaluate.py --data {data} --classifiers {data} --out {out}": "contains no seed",
     "evaluation/sweep.py --results {data} --out {out}": "intervals.csv",
+    "evaluation/paper.py --results {data} --out {out}": "intervals.csv",
     "data/prepare.py digits --bias natural --out {out}": "--bias",
     "data/prepare.py waterbirds --out {out}": "--root",
     "data/prepare.py folder --root {data} --classes one --attributes a b --out {out}": "--classes",
@@ -269,10 +277,10 @@ ODD = {
     "senseless EXIF": lambda path: Image.new("RGB", (40, 30)).save(path, "JPEG", exif=b"Exif\0\0rubbish"),
 }
 STAGES = {
-    "cluster": "cluster.py --data {data} --clip {clip} --out {out}",
+    "embed": "data/embed.py --data {data} --clip {clip} --out {out}",
     "finetune": "finetune.py --method lora --base {base} --steps 1 --data {data} --out {out}",
     "classifier": "train_classifier.py --recipe erm --epochs 1 --seeds 0 --data {data} --out {out}",
-    "images": "evaluation/images.py --data {data} --synthetic {copy} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {data} --embeddings {of_data} --synthetic {copy} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {data} --out {out}",
 }
 
