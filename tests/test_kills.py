@@ -32,9 +32,12 @@ PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which s
 
 
 def start(house, jobs, log):
-    """make in a process group of its own, as a terminal starts it."""
-    return subprocess.Popen(["make", f"-j{jobs}", *SMALL], cwd=house, stdout=log, stderr=subprocess.STDOUT,
-                            start_new_session=True, env=environment())
+    """make in a process group of its own, as a terminal starts it.
+
+    In a make below another one digits.mk leaves the output as it comes: the log tells what runs now.
+    """
+    return subprocess.Popen(["make", f"-j{jobs}", "--no-print-directory", *SMALL], cwd=house, stdout=log,
+                            stderr=subprocess.STDOUT, start_new_session=True, env=environment() | {"MAKELEVEL": "1"})
 
 
 def made(house):
