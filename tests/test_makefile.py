@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import files_of, new_house, slow
+from conftest import ROOT, files_of, new_house, slow
 from conftest import make as run_make
 
 from common import files
@@ -357,3 +357,15 @@ def test_help_fits_a_screen_and_shows_the_settings_and_their_values(house):
 def test_status_tells_what_is_done_and_to_do(house):
     lines = dict(line.split(maxsplit=1) for line in make(house, "status", "RECIPES=erm lora groupdro").splitlines())
     assert lines["runs/digits-0.95/models/lora"] == "done" and lines["runs/digits-0.95/classifiers/groupdro"] == "to do"
+
+
+def test_status_counts_no_more_images_than_are_wanted(tmp_path):
+    """A unit of which 6 images are wanted draws 8."""
+    synthetic = tmp_path / "runs" / "x-0.9" / "synthetic" / "vanilla"
+    for unit, drawn in (("y0-a0", 8), ("y0-a1", 4)):
+        (synthetic / f".{unit}.partial").mkdir(parents=True)
+        for i in range(drawn):
+            (synthetic / f".{unit}.partial" / f"{i:05}.png").touch()
+    files.write_json(synthetic / ".stage", {"wanted": {"y0-a0": 6, "y0-a1": 6}})
+    done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
+    assert done.stdout.endswith("10 of 12 images done, to do\n")
