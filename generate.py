@@ -127,7 +127,7 @@ def fill(pipe, score, draw, out, args):
         while len(found := selected(candidates, draw["share"], args)) < draw["share"]:
             if len(candidates) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
                 raise InputError(draw["title"], f"{len(found)} of {len(candidates)} images kept, {draw['share']} wanted",
-                                 "lower --clip-threshold, raise --max-tries or fine-tune longer")
+                                 "fine-tune longer or otherwise, raise --max-tries or lower --clip-threshold")
             indices = range(len(candidates), len(candidates) + args.batch)
             candidates += draw_batch(pipe, score, draw, indices, out, args)
             files.write_csv(out / "candidates.csv", candidates)
@@ -149,7 +149,7 @@ def draw_batch(pipe, score, draw, indices, out, args):
 
 def fault_of(image):
     """Why an image, (H, W, 3) float array in [0, 1], can not be used, or an empty string."""
-    return "nan" if not np.isfinite(image).all() else "blank" if image.std() < 0.01 else ""
+    return "nan" if not np.isfinite(image).all() else "blank" if image.std((0, 1)).max() < 0.01 else ""
 
 
 # ------------------------------------------------------------------------------------------------- the units
@@ -269,7 +269,7 @@ def parse(argv=None):
     parser.add_argument("--embeddings", type=Path, help="of DATA's images, for that mean: output folder of data/embed.py")
     parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), help="instead: keep all images to whose own group CLIP "
                         "gives this probability among the prompts of all groups (ours); 0: no filter")
-    parser.add_argument("--max-tries", type=count, default=20, help="candidates per wanted image before giving up")
+    parser.add_argument("--max-tries", type=count, default=20, help="candidates per image that is needed before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of all images")
     parser.add_argument("--drop-weights", action=stage.Flag, default=False,

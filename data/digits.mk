@@ -13,5 +13,5 @@ GENERATE      ?= --guidance-scale 1 --batch 32
 # each are faster than one with two.
 export OMP_NUM_THREADS ?= 1
 ifeq ($(MAKELEVEL)$(filter -j%,$(MAKEFLAGS)),0)
-MAKEFLAGS += -j$(shell nproc) --output-sync=target
+MAKEFLAGS += -j$(or $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null),2) --output-sync=target
 endif

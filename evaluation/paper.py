@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, stage
+from common.files import InputError
 from evaluation import figures
 
 PAPER = {  # Basu et al., AAAI 2026: worst-group / average-group accuracy in percent, original and at bias 0.999
@@ -42,14 +43,25 @@ def verdict(row, reference, wanted):
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", word
 
 
+def read_intervals(path):
+    """{recipe: its row of an intervals.csv}. Raises InputError unless evaluate.py wrote it."""
+    todo = "run evaluate.py with --references vanilla groupdro dreambooth for this run first"
+    rows = files.read_csv(path, todo)
+    try:
+        for row in rows:
+            cell(row)
+            [float(value) for name, value in row.items() if name.startswith("vs_") and value]
+        return {row["recipe"]: row for row in rows if row["group_labels"]}
+    except (KeyError, ValueError, TypeError):
+        raise InputError(path, "was not written by evaluate.py", todo) from None
+
+
 def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
-    todo = "run evaluate.py with --references vanilla groupdro dreambooth for this run first"
-    found = {results.parent.name: {row["recipe"]: row for row in files.read_csv(results / "intervals.csv", todo)}
-             for results in args.results}
+    found = {results.parent.name: read_intervals(results / "intervals.csv") for results in args.results}
     runs = list(found)
-    recipes = sorted({recipe for rows in found.values() for recipe in rows},
+    recipes = sorted(dict.fromkeys(recipe for rows in found.values() for recipe in rows),
                      key=lambda recipe: -float(found[runs[-1]].get(recipe, {"worst_group": 0})["worst_group"]))
     ours = [[recipe, *(cell(found[run].get(recipe)) for run in runs),
              found[runs[-1]].get(recipe, found[runs[0]].get(recipe))["group_labels"], *PAPER.get(recipe, [""] * 6)]

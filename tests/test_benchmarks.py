@@ -473,8 +473,8 @@ def test_an_edited_download_is_prepared_again_and_an_unchanged_one_kept(tmp_path
 
 
 @pytest.fixture(scope="module")
-def house(base, tmp_path_factory):
-    return new_house(tmp_path_factory.mktemp("benchmarks") / "house", base)
+def house(tmp_path_factory):
+    return new_house(tmp_path_factory.mktemp("benchmarks") / "house")
 
 
 NAMES = '--classes cat dog bear bird --attributes land sea sky snow'

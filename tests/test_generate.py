@@ -15,6 +15,7 @@ import torch
 from conftest import files_of, make_dataset, run, start
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
@@ -240,6 +241,19 @@ def test_a_unit_that_cannot_fill_its_share_is_a_one_line_error(command, tmp_path
     run(*command, "--images", 5, "--clip-threshold", 1, "--max-tries", 2, "--out", tmp_path / "v",
         fails="even digit on a red background (y0-a0): 0 of 16 images kept, 5 wanted")
     assert not (tmp_path / "v" / "metadata.csv").exists()
+
+
+def test_blank_images_are_never_selected_and_a_unit_of_them_is_a_one_line_error(base, filtering, tmp_path):
+    blank = shutil.copytree(base, tmp_path / "blank")
+    path = blank / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.weight"].zero_()
+    save_file(weights, path, metadata={"format": "pt"})
+    args = ("generate.py", "--base", blank, *filtering[3:], "--images", 3, "--max-tries", 2, "--out", tmp_path / "v")
+    run(*args, fails="even digit on a red background (y0-a0): 0 of 12 images kept, 3 wanted (fine-tune")
+    assert not (tmp_path / "v" / "metadata.csv").exists()
+    work = tmp_path / "v" / ".y0-a0.partial"
+    assert {fault for _, _, fault in candidates(work)} == {"blank"} and not list(work.glob("*.png"))
 
 
 def test_a_group_without_training_images_is_drawn_by_the_models_of_its_class_and_is_reported(base, command, tmp_path):

@@ -36,8 +36,8 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def place(base, dataset, classifier):
-    return {"base": base, "clip": base / "clip", "data": dataset, "classifier": classifier}
+def place(base, dataset, embeddings, classifier):
+    return {"base": base, "clip": base / "clip", "data": dataset, "embeddings": embeddings, "classifier": classifier}
 
 
 # ------------------------------------------------------------------------------------------- metadata.csv
@@ -95,15 +95,16 @@ METADATA = {  # what stands in it, and what is said of it
     "the wrong columns in quotes": ('"file_name,split,y,a,text"\n' + GOOD, "has no column 'file_name'"),
 }
 ROLES = {  # where a script takes a folder of images
-    "cluster": "cluster.py --data {bad} --clip {clip} --out {out}",
+    "embed": "data/embed.py --data {bad} --clip {clip} --out {out}",
+    "cluster": "cluster.py --data {bad} --embeddings {embeddings} --out {out}",
     "finetune": "finetune.py --method lora --base {base} --data {bad} --out {out}",
     "prior": "finetune.py --method dreambooth --base {base} --data {data} --prior {bad} --out {out}",
-    "generate": "generate.py --base {base} --clip {clip} --data {bad} --out {out}",
+    "generate": "generate.py --base {base} --clip {clip} --data {bad} --embeddings {embeddings} --out {out}",
     "classifier": "train_classifier.py --recipe erm --data {bad} --out {out}",
     "synthetic": "train_classifier.py --recipe two-stage --data {data} --synthetic {bad} --out {out}",
     "evaluate": "evaluate.py --classifiers {classifier} --data {bad} --out {out}",
-    "images": "evaluation/images.py --data {bad} --synthetic {data} --clip {clip} --out {out}",
-    "measured": "evaluation/images.py --data {data} --synthetic {bad} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {bad} --embeddings {embeddings} --synthetic {data} --clip {clip} --out {out}",
+    "measured": "evaluation/images.py --data {data} --embeddings {embeddings} --synthetic {bad} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {bad} --out {out}",
 }
 OF_FOLDERS = {f"{role}: {what}": (role, what) for role in ROLES if role != "folder" for what in METADATA}
@@ -156,10 +157,11 @@ def test_no_script_writes_over_what_no_stage_wrote(role, place, tmp_path):
 # --------------------------------------------------------------------------------------------------- flags
 
 NUMBERS = {
-    "cluster.py": "k k-max min-size batch seed",
-    "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
+    "data/embed.py": "batch",
+    "cluster.py": "k k-max min-size seed",
+    "finetune.py": "rare-below balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
-    "generate.py": "images steps guidance-scale clip-threshold max-tries batch seed",
+    "generate.py": "images steps guidance-scale transfer-guidance keep alpha clip-threshold max-tries batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature dro-step jtt-upsampling",
     "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
@@ -190,14 +192,20 @@ CONTRADICTIONS = {
     "train_classifier.py --recipe erm --weights imagenet --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe erm --arch resnet18 --weights x.safetensors --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe all --data {data} --out {out}": "--recipe",
-    "cluster.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
-    "cluster.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
-    "cluster.py --data {data} --clip {clip} --within dataset --out {out}": "--within",
-    "cluster.py --data {data} --clip {clip} --unknown 3 --out {out}": "--unknown",
-    "cluster.py --data {data} --out {out}": "--clip",
+    "finetune.py --method lora --rare never --base x --data {data} --out {out}": "--rare",
+    "data/embed.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
+    "data/embed.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
+    "data/embed.py --data {data} --encoder x --out {out}": "--clip",
+    "cluster.py --data {data} --embeddings {embeddings} --within dataset --out {out}": "--within",
+    "cluster.py --data {data} --embeddings {embeddings} --unknown 3 --out {out}": "--unknown",
+    "cluster.py --data {data} --out {out}": "--embeddings",
+    "generate.py --base {base} --clip {clip} --data {data} --out {out}": "--embeddings",
+    "generate.py --base {base} --clip {clip} --data {data} --keep 0 --out {out}": "--keep: 0 is not between 0.01 and 1",
+    "generate.py --base {base} --clip {clip} --data {data} --keep 1.1 --out {out}": "--keep: 1.1 is not between 0.01 and 1",
     "evaluate.py --out {out}": "--data, --classifiers",
     "evaluate.py --data {data} --classifiers {data} --out {out}": "contains no seed",
     "evaluation/sweep.py --results {data} --out {out}": "intervals.csv",
+    "evaluation/paper.py --results {data} --out {out}": "intervals.csv",
     "data/prepare.py digits --bias natural --out {out}": "--bias",
     "data/prepare.py waterbirds --out {out}": "--root",
     "data/prepare.py folder --root {data} --classes one --attributes a b --out {out}": "--classes",
@@ -269,10 +277,11 @@ ODD = {
     "senseless EXIF": lambda path: Image.new("RGB", (40, 30)).save(path, "JPEG", exif=b"Exif\0\0rubbish"),
 }
 STAGES = {
-    "cluster": "cluster.py --data {data} --clip {clip} --out {out}",
+    "cluster": "cluster.py --data {data} --embeddings {embeddings} --out {out}",
+    "embed": "data/embed.py --data {data} --clip {clip} --out {out}",
     "finetune": "finetune.py --method lora --base {base} --steps 1 --data {data} --out {out}",
     "classifier": "train_classifier.py --recipe erm --epochs 1 --seeds 0 --data {data} --out {out}",
-    "images": "evaluation/images.py --data {data} --synthetic {copy} --clip {clip} --out {out}",
+    "images": "evaluation/images.py --data {copy} --embeddings {embeddings} --synthetic {data} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {data} --out {out}",
 }
 
@@ -287,7 +296,7 @@ def spoilt(place, tmp_path, kinds):
     return place | {"data": data, "copy": place["data"], "out": tmp_path / "out"}
 
 
-BROKEN_CASES = {f"{stage}: {kind}": (stage, kind) for stage in STAGES for kind in BROKEN}
+BROKEN_CASES = {f"{stage}: {kind}": (stage, kind) for stage in STAGES if stage != "cluster" for kind in BROKEN}
 
 
 @pytest.mark.parametrize("case", some(BROKEN_CASES, 6))
@@ -326,7 +335,8 @@ def nasty(place, tmp_path):
         shutil.copy(place["data"] / row["file_name"], data / name)
         row.update(file_name=name, text=f'{"abcd"[2 * row["y"] + row["a"]]} "photo",\n of <b>$x</b> \'é\'')
     files.write_csv(data / "metadata.csv", rows)
-    return place | {"data": data, "copy": data, "out": tmp_path / "out"}
+    run("data/embed.py", "--data", data, "--clip", place["clip"], "--out", tmp_path / "embeddings")
+    return place | {"data": data, "copy": data, "embeddings": tmp_path / "embeddings", "out": tmp_path / "out"}
 
 
 @pytest.mark.parametrize("stage", some(STAGES, 4))
@@ -360,8 +370,14 @@ def test_few_classes_attributes_and_images_are_handled(what, place, tmp_path):
     for row in rows:
         row["y"], row["a"] = labels[row["y"], row["a"]]
     files.write_csv(data / "metadata.csv", rows)
-    places = place | {"data": data}
-    run(*words("cluster.py --data {data} --clip {clip} --k 2 --min-size 2 --out {out}", out=tmp_path / "c", **places))
+    places = place | {"data": data, "embeddings": tmp_path / "e"}
+    run(*words("data/embed.py --data {data} --clip {clip} --out {embeddings}", **places))
+    run(*words("cluster.py --data {data} --embeddings {embeddings} --k 2 --min-size 2 --out {out}", out=tmp_path / "c", **places))
+    run(*words("finetune.py --method lora --per cluster --steps 1 --rare-below 2 --base {base} --data {clusters} --out {out}",
+               out=tmp_path / "m", clusters=tmp_path / "c", **places))
+    run(*words("generate.py --models {models} --base {base} --clip {clip} --embeddings {embeddings} --steps 1 --images 2 "
+               "--batch 4 --data {data} --out {out}", out=tmp_path / "s", models=tmp_path / "m", **places))
+    assert set(imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "s")).values()) == {2}
     for recipe in ("erm", "groupdro", "subg", "jtt"):
         run(*words(f"train_classifier.py --recipe {recipe} --epochs 1 --seeds 0 --data {{data}} --out {{out}}",
                    out=tmp_path / "run" / "classifiers" / recipe, **places))
@@ -373,7 +389,7 @@ def test_few_classes_attributes_and_images_are_handled(what, place, tmp_path):
 
 def test_data_without_held_out_images_are_not_measured_against(place, tmp_path):
     data = make_dataset(tmp_path / "data", splits=["train"])
-    refused(words(STAGES["images"], data=data, copy=place["data"], out=tmp_path / "out", clip=place["clip"]),
+    refused(words(STAGES["images"], **place | {"data": place["data"], "copy": data}, out=tmp_path / "out"),
             "has no images of split val or test", tmp_path / "out")
 
 
@@ -428,7 +444,8 @@ def test_a_base_model_that_is_not_whole_is_a_one_line_error(what, script, place,
     base = shutil.copytree(place["base"], tmp_path / "base")
     BASES[what](base)
     line = {"finetune": "finetune.py --method lora --base {base} --data {data} --out {out}",
-            "generate": "generate.py --base {base} --clip {clip} --data {data} --images 2 --out {out}"}[script]
+            "generate": "generate.py --base {base} --clip {clip} --data {data} --embeddings {embeddings} --images 2 --out "
+                        "{out}"}[script]
     refused(words(line, **place | {"base": base, "out": tmp_path / "out"}), f"--base {base}", tmp_path / "out")
 
 
@@ -446,7 +463,7 @@ CLIPS = {
 def test_a_clip_that_is_not_whole_is_a_one_line_error(what, place, tmp_path):
     clip = shutil.copytree(place["clip"], tmp_path / "clip")
     CLIPS[what](clip)
-    refused(words("cluster.py --data {data} --clip {clip} --out {out}", **place | {"clip": clip}, out=tmp_path / "out"),
+    refused(words("data/embed.py --data {data} --clip {clip} --out {out}", **place | {"clip": clip}, out=tmp_path / "out"),
             f"--clip {clip}", tmp_path / "out")
 
 
@@ -467,7 +484,7 @@ def test_a_config_that_is_not_of_finetune_is_a_one_line_error(what, place, tmp_p
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "config.json").write_text(
         MODELS[what] if isinstance(MODELS[what], str) else json.dumps(MODELS[what]))
-    refused(words("generate.py --base {base} --clip {clip} --data {data} --models {models} --out {out}",
+    refused(words("generate.py --base {base} --clip {clip} --data {data} --embeddings {embeddings} --models {models} --out {out}",
                   models=tmp_path / "models", out=tmp_path / "out", **place), "was not written by finetune.py", tmp_path / "out")
 
 

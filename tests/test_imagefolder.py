@@ -69,6 +69,13 @@ def test_groups_are_named_by_what_their_prompts_do_not_share():
     assert imagefolder.group_titles(rows[:1]) == {"y0-a0": "photo of a landbird on land (y0-a0)"}
 
 
+def test_the_prompts_of_a_class_are_its_class_text_or_those_of_its_groups():
+    rows = [{"y": y, "a": a, "text": f"a {'ab'[y]} on {'cd'[a]}"} for y, a in ((1, 1), (0, 0), (0, 1), (0, 0))]
+    assert imagefolder.class_prompts(rows) == {0: ["a a on c", "a a on d"], 1: ["a b on d"]}
+    rows = [dict(row, class_text=f"a {'ab'[row['y']]}" if row["y"] else "") for row in rows]  # one of the classes has none
+    assert imagefolder.class_prompts(rows) == {0: ["a a on c", "a a on d"], 1: ["a b"]}
+
+
 def test_file_digests_follow_the_bytes_and_the_listing_what_changed(tmp_path):
     (tmp_path / "x").write_text("one")
     first, listed = files.file_digests(tmp_path, ["x"]), files.listing(tmp_path)
@@ -97,17 +104,17 @@ def test_an_interrupt_is_one_line_and_says_how_to_resume_whatever_a_library_swal
 
 
 def test_flags_out_of_range_are_one_line_errors():
-    run("cluster.py", "--data", "x", "--clip", "x", "--out", "x", "--k", "0", fails="argument --k: 0 is not between")
-    run("cluster.py", "--data", "x", "--clip", "x", "--out", "x", "--k", "many", fails="argument --k: invalid")
+    run("cluster.py", "--data", "x", "--embeddings", "x", "--out", "x", "--k", "0", fails="argument --k: 0 is not between")
+    run("cluster.py", "--data", "x", "--embeddings", "x", "--out", "x", "--k", "many", fails="argument --k: invalid")
     run("generate.py", "--base", "x", "--clip", "x", "--data", "x", "--out", "x", "--guidance-scale", "nan",
         fails="nan is not between 1 and inf")
     run("finetune.py", "--method", "lora", "--base", "x", "--data", "x", "--out", "x", "--shard", "3/3",
         fails="shards are numbered from 0/n to n-1/n")
 
 
-@pytest.mark.parametrize("script", ("data/prepare.py", "base/pretrain.py", "cluster.py", "finetune.py", "generate.py",
-                                    "train_classifier.py", "evaluate.py", "evaluation/images.py",
-                                    "evaluation/sweep.py", "evaluation/report.py"))
+@pytest.mark.parametrize("script", ("data/prepare.py", "data/embed.py", "base/pretrain.py", "cluster.py", "finetune.py",
+                                    "generate.py", "train_classifier.py", "evaluate.py", "evaluation/images.py",
+                                    "evaluation/sweep.py", "evaluation/paper.py", "evaluation/report.py"))
 def test_help_explains_every_flag(script):
     text = run(script, "--help")
     flags = [line for line in text.splitlines() if line.startswith("  --")]

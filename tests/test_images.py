@@ -166,10 +166,10 @@ def test_what_the_probes_cannot_measure_is_left_empty():
     assert [(row["leakage"], row["real_gap"] != "") for row in table] == [("", True), ("", True), ("", False), ("", False)]
 
 
-def test_a_synthetic_set_is_measured_against_held_out_images(base, dataset, vanilla, tmp_path):
+def test_a_synthetic_set_is_measured_against_held_out_images(base, dataset, embeddings, vanilla, tmp_path):
     shutil.copytree(dataset, tmp_path / "copies")
-    args = ("evaluation/images.py", "--data", dataset, "--synthetic", vanilla, tmp_path / "copies", "--clip",
-            base / "clip", "--out", tmp_path / "images")
+    args = ("evaluation/images.py", "--data", dataset, "--embeddings", embeddings, "--synthetic", vanilla, tmp_path / "copies",
+            "--clip", base / "clip", "--out", tmp_path / "images")
     run(*args)
     with open(tmp_path / "images" / "synthetic.csv") as file:
         real, drawn, copies = csv.DictReader(file)
@@ -184,11 +184,15 @@ def test_a_synthetic_set_is_measured_against_held_out_images(base, dataset, vani
     assert [row["group"] for row in rows] == ["y0-a0", "y0-a1", "y1-a0", "y1-a1"] * 3 and rows[0]["method"] == "real"
     assert rows[1]["name"] == "even digit on a green background (y0-a1)"
     assert {"config.json", "cost.csv", "vanilla.png", "copies.png"} <= {p.name for p in (tmp_path / "images").iterdir()}
+    text = (tmp_path / "images" / "images.md").read_text()
+    assert f"| vanilla | 20 | 0.000 | {drawn['kid']} |" in text and "| vanilla | 0 |" in text and "leakage: accuracy of" in text
     assert "up to date" in run(*args)
 
-    run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--seeds", 0, "--epochs", 1, "--out",
-        tmp_path / "classifiers" / "erm")
-    text = run("evaluate.py", "--data", dataset, "--classifiers", tmp_path / "classifiers" / "erm", "--synthetic",
-               vanilla, "--images", tmp_path / "images", "--out", tmp_path / "results")
-    assert "| vanilla | 20 | 0.000 |" in text
-    assert "| vanilla | 0 |" in (tmp_path / "results" / "cost.md").read_text()
+
+def test_what_the_filter_left_out_is_rejected_and_what_completes_a_batch_is_not(base, dataset, embeddings, tmp_path):
+    run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--embeddings", embeddings, "--images", 3,
+        "--steps", 1, "--batch", 8, "--out", tmp_path / "drawn")
+    run("evaluation/images.py", "--data", dataset, "--embeddings", embeddings, "--synthetic", tmp_path / "drawn", "--clip",
+        base / "clip", "--out", tmp_path / "images")
+    with open(tmp_path / "images" / "synthetic.csv") as file:
+        assert [row["rejected"] for row in csv.DictReader(file)] == ["", "0.250"]

@@ -23,42 +23,41 @@ from common import files, imagefolder
 KILLS, INTERRUPTS, IMAGES = (50, 10, 100_000) if LONG else (1, 1, 0)
 SMALL = (f"RECIPES=erm lora{' vanilla clustered' * LONG}", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2", "K=2", "CLUSTERED=",
          "LORA=--steps 4 --batch 2 --checkpoint-every 1", "DREAMBOOTH=--steps 3 --batch 1 --checkpoint-every 1",
-         "GENERATE=--steps 2 --batch 2 --clip-threshold 0",
-         "PRETRAIN=--images 100 --vae-steps 2 --clip-steps 2 --unet-steps 2 --samples 1")
+         "GENERATE=--steps 2 --batch 2")
 # the longest wait from a script's start to its death, in seconds
-SCRIPTS = {"data/prepare.py": 1, "base/pretrain.py": 10, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
+SCRIPTS = {"data/prepare.py": 3, "data/embed.py": 6, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
            "train_classifier.py": 6, "evaluation/images.py": 6, "evaluate.py": 2, "evaluation/report.py": 0.3}
 SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # what tells how long things took
 PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
 
 
 def start(house, jobs, log):
-    """make in a process group of its own, as a terminal starts it."""
-    return subprocess.Popen(["make", f"-j{jobs}", *SMALL], cwd=house, stdout=log, stderr=subprocess.STDOUT,
-                            start_new_session=True, env=environment())
+    """make in a process group of its own, as a terminal starts it.
+
+    In a make below another one digits.mk leaves the output as it comes: the log tells what runs now.
+    """
+    return subprocess.Popen(["make", f"-j{jobs}", "--no-print-directory", *SMALL], cwd=house, stdout=log,
+                            stderr=subprocess.STDOUT, start_new_session=True, env=environment() | {"MAKELEVEL": "1"})
 
 
 def made(house):
     """Everything that a run leaves: {path: bytes}, without the bytes of what tells seconds."""
     files = {}
-    for top in ("runs", "data/digits-0.95", "base/miniature"):
+    for top in ("runs", "data/digits-0.95"):
         files |= {f"{top}/{name}": b"" if name.rsplit("/")[-1] in SECONDS else content
                   for name, content in files_of(house / top, but=()).items()}
     return files
 
 
 def wipe(house):
-    for top in ("runs", "data/digits-0.95", "base/miniature"):
+    for top in ("runs", "data/digits-0.95"):
         shutil.rmtree(house / top, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def house(base, tmp_path_factory):
+def house(tmp_path_factory):
     """A copy of the repository in which nothing is made yet."""
-    house = new_house(tmp_path_factory.mktemp("kills") / "house", base, SMALL[-1].removeprefix("PRETRAIN="))
-    if LONG:
-        wipe(house)
-    return house
+    return new_house(tmp_path_factory.mktemp("kills") / "house")
 
 
 @pytest.fixture(scope="module")
@@ -180,21 +179,22 @@ def disk(tmp_path):
 
 FILLERS = {
     "prepare": "data/prepare.py digits --bias 0.9 --out {out}",
-    "cluster": "cluster.py --data {data} --clip {base}/clip --k 2 --min-size 2 --out {out}",
+    "embed": "data/embed.py --data {data} --clip {base}/clip --out {out}",
+    "cluster": "cluster.py --data {data} --embeddings {embeddings} --k 2 --min-size 2 --out {out}",
     "lora": "finetune.py --method lora --base {base} --data {data} --steps 2 --checkpoint-every 1 --out {out}",
     "dreambooth": "finetune.py --method dreambooth --base {base} --data {data} --steps 2 --batch 1 --out {out}",
-    "generate": "generate.py --base {base} --clip {base}/clip --data {data} --images 6 --steps 2 --batch 2 "
-                "--clip-threshold 0 --out {out}",
+    "generate": "generate.py --base {base} --clip {base}/clip --data {data} --embeddings {embeddings} --images 6 --steps 2 "
+                "--batch 2 --out {out}",
     "classifier": "train_classifier.py --recipe erm --data {data} --epochs 1 --seeds 0 1 --out {out}",
-    "images": "evaluation/images.py --data {data} --synthetic {vanilla} --clip {base}/clip --out {out}",
+    "images": "evaluation/images.py --data {data} --embeddings {embeddings} --synthetic {vanilla} --clip {base}/clip --out {out}",
     "pretrain": "base/pretrain.py --images 50 --vae-steps 1 --clip-steps 1 --unet-steps 1 --samples 1 --out {out}",
 }
 
 
 @pytest.mark.parametrize("stage", FILLERS if LONG else ("lora", "generate"))
-def test_a_full_disk_is_one_line_and_the_same_command_resumes(stage, base, dataset, vanilla, disk, tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(stage, base, dataset, embeddings, vanilla, disk, tmp_path):
     def args(out):
-        return FILLERS[stage].format(base=base, data=dataset, vanilla=vanilla, out=out).split()
+        return FILLERS[stage].format(base=base, data=dataset, embeddings=embeddings, vanilla=vanilla, out=out).split()
 
     run(*args(tmp_path / "roomy"))
     size = sum(4096 * (1 + len(content) // 4096) for content in files_of(tmp_path / "roomy", but=()).values())
@@ -237,8 +237,10 @@ def soak(count, base, place):
     data, out = place / "data", place / "run"
     spent["prepare"] = measured("data/prepare.py", "folder", "--root", download, "--classes", "even", "odd",
                                 "--attributes", "red", "green", "--out", data)
-    spent["cluster"] = measured("cluster.py", "--data", data, "--clip", base / "clip", "--k", 2, "--batch", 512,
-                                "--out", out / "clusters")
+    spent["embed"] = measured("data/embed.py", "--data", data, "--clip", base / "clip", "--batch", 512, "--out",
+                              out / "embeddings")
+    spent["cluster"] = measured("cluster.py", "--data", data, "--embeddings", out / "embeddings", "--k", 2, "--out",
+                                out / "clusters")
     drawing = ("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--steps", 1, "--batch", 1,
                "--clip-threshold", 0, "--out", out / "synthetic", "--images")
     measured(*drawing, 1)

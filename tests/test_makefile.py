@@ -7,20 +7,21 @@ import sys
 import time
 
 import pytest
-from conftest import files_of, new_house, slow
+from conftest import ROOT, files_of, new_house, slow
 from conftest import make as run_make
 
 from common import files
 
 TINY = ("RECIPES=erm vanilla lora clustered", "SEEDS=0", "IMAGES=3", "EPOCHS=1", "K=2", "LORA=--steps 1",
-        "DREAMBOOTH=--steps 1 --batch 1", "CLUSTERED=", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
+        "DREAMBOOTH=--steps 1 --batch 1", "CLUSTERED=", "GENERATE=--steps 2 --batch 4")
 
 
 @pytest.fixture(scope="module")
-def house(base, tmp_path_factory):
-    """A copy of the repository with everything made, on the tiny base model."""
-    house = new_house(tmp_path_factory.mktemp("make") / "house", base)
-    assert "| erm |" in make(house)
+def house(tmp_path_factory):
+    """A copy of the repository with everything made."""
+    house = new_house(tmp_path_factory.mktemp("make") / "house")
+    text = make(house)
+    assert "| erm |" in text and "| vanilla | 12 | 0.250 |" in text, "results and images' measures are not both printed"
     return house
 
 
@@ -141,9 +142,13 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(ho
     assert "--k 10 " in made["clusters-k10"]
     assert "--data runs/digits-0.95/clusters-k10 " in made["models/clustered-k10"]
     assert "--prior" in made["models/clustered-k10"] and "--prior" not in made["models/clustered-no-prior"]
-    assert "--clip-threshold 0.9 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-clip0.9"]
+    assert "--alpha 0 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-alpha0"]
+    assert "--keep 1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-random"]
+    assert "--clip-threshold 0.1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-threshold"]
+    assert "--rare transfer " in made["models/dreambooth-transfer"] and "--rare own " in made["models/clustered-own"]
     assert "--images 50 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-images50"]
-    for recipe, flags in (("beta0.9", "two-stage --beta 0.9"), ("two-stage-whole", "two-stage-whole")):
+    for recipe, flags in (("beta0.9", "two-stage --beta 0.9"), ("beta1", "two-stage --beta 1"),
+                          ("two-stage-whole", "two-stage-whole")):
         assert f"--recipe {flags} --synthetic runs/digits-0.95/synthetic/clustered " in made[
             f"classifiers/{recipe}+clustered"]
     assert "--classifiers runs/digits-0.95/classifiers/clustered runs/digits-0.95/classifiers/clustered-no-prior " in \
@@ -202,7 +207,7 @@ def test_another_base_model_retrains_what_was_made_from_the_first(house):
     before = config.read_text()
     files.write_json(config, files.read_json(config) | {"beta_end": 0.013})
     again = would_run(house)
-    assert {"models/lora", "synthetic/lora"} <= set(again) and "clusters" not in again  # CLIP is what it was
+    assert {"models/lora", "synthetic/lora"} <= set(again) and not {"embeddings", "clusters"} & set(again)  # CLIP is the same
     text = make(house, "runs/digits-0.95/models/lora/config.json")
     assert text.count("images, loss") == 4
     config.write_text(before)
@@ -224,7 +229,7 @@ def test_another_clip_is_noticed_by_what_reads_it(house):
     config = house / "base" / "miniature" / "clip" / "config.json"
     stat, before = config.stat(), config.read_text()
     config.write_text(before + " ")
-    assert {"clusters", "synthetic/vanilla", "images"} <= set(would_run(house))
+    assert {"embeddings", "clusters", "synthetic/vanilla", "images"} <= set(would_run(house))
     config.write_text(before)
     os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert would_run(house) == []
@@ -239,13 +244,60 @@ def test_edited_labels_are_noticed(house):
     os.utime(table, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_other_pretraining_or_a_lost_file_of_the_base_makes_it_again(house):
-    assert "base/pretrain.py --unet-steps 3 --out base/miniature" in make(house, "-n", "PRETRAIN=--unet-steps 3")
+def test_the_base_model_is_trained_only_by_make_base(house, tmp_path):
+    fresh = new_house(tmp_path / "fresh")
+    assert "base/pretrain.py" not in make(fresh, "-n")
+    assert "base/pretrain.py --unet-steps 3 --out base/miniature" in make(fresh, "-n", "base", "PRETRAIN=--unet-steps 3")
+
+
+def test_an_edited_file_of_the_base_is_noticed_by_what_was_made_from_it(house):
     weights = house / "base" / "miniature" / "vae" / "config.json"
-    weights.rename(weights.with_suffix(".away"))
-    assert "base/pretrain.py --out base/miniature" in make(house, "-n")
-    weights.with_suffix(".away").rename(weights)
+    stat, before = weights.stat(), weights.read_text()
+    weights.write_text(before + " ")
+    assert {"models/lora", "synthetic/vanilla", "synthetic/lora", "classifiers/lora"} <= set(would_run(house))
+    assert "classifiers/erm" not in would_run(house)
+    weights.write_text(before)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert would_run(house) == []
+
+
+def test_image_measures_that_fail_leave_the_results(house):
+    script, results = house / "evaluation" / "images.py", house / "runs" / "digits-0.95" / "results"
+    stat, before = script.stat(), script.read_text()
+    script.write_text(before.replace("    args = parse(argv)\n", "    args = parse(argv)\n    raise InputError('x', 'fails', 'y')\n"))
+    shutil.rmtree(house / "runs" / "digits-0.95" / "classifiers" / "erm")
+    make(house, "-j2", fails="images.py: error: x: fails")
+    assert "| erm |" in (results / "results.md").read_text()
+    assert (results / "config.json").stat().st_mtime > script.stat().st_mtime and not (results / "report.html").exists()
+    script.write_text(before)
+    os.utime(script, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    make(house)
+
+
+def test_references_are_the_recipes_that_others_are_compared_with(house):
+    assert would_run(house, "REFERENCES=vanilla") == ["results", "results/report.html"]
+    assert "--references vanilla " in make(house, "-n", "REFERENCES=vanilla")
+
+
+def test_the_papers_recipes_run_at_two_biases_with_more_seeds_and_are_put_beside_its_numbers(house):
+    text = make(house, "-n", "paper")
+    for bias in ("0.95", "0.99"):
+        assert f"--data data/digits-{bias} --seeds 0 1 2 3 4 --epochs 1 --recipe self" in text
+        assert f"--out runs/digits-{bias}-seed2/models/lora" in text
+    assert "--references erm groupdro vanilla dreambooth" in text
+    assert "evaluation/paper.py --results runs/digits-0.95/results runs/digits-0.99/results --out runs/digits-paper" in text
+    assert "--results runs/digits-0.9/results --out" in make(house, "-n", "paper", "PAPER_BIASES=0.9", "PAPER_RECIPES=erm")
+
+
+def test_digits_run_a_process_with_one_thread_per_core_unless_one_says_otherwise(house, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "show.mk").write_text("include data/digits.mk\nall:\n\t@echo $(MAKEFLAGS) threads $$OMP_NUM_THREADS\n")
+    for args, jobs, threads in (((), f"-j{len(os.sched_getaffinity(0))} ", "1"), (("-j3",), "-j3 ", "1"),
+                                (("OMP_NUM_THREADS=2",), f"-j{len(os.sched_getaffinity(0))} ", "2")):
+        text = run_make(house, "-f", str(tmp_path / "show.mk"), *args)
+        assert jobs in text and text.split("threads ")[1].strip() == threads, (args, text)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # nproc reads it
+    assert f"-j{len(os.sched_getaffinity(0))} " in run_make(house, "-f", str(tmp_path / "show.mk"))
 
 
 def test_an_edited_comment_retrains_nothing(house):
@@ -305,3 +357,15 @@ def test_help_fits_a_screen_and_shows_the_settings_and_their_values(house):
 def test_status_tells_what_is_done_and_to_do(house):
     lines = dict(line.split(maxsplit=1) for line in make(house, "status", "RECIPES=erm lora groupdro").splitlines())
     assert lines["runs/digits-0.95/models/lora"] == "done" and lines["runs/digits-0.95/classifiers/groupdro"] == "to do"
+
+
+def test_status_counts_no_more_images_than_are_wanted(tmp_path):
+    """A unit of which 6 images are wanted draws 8."""
+    synthetic = tmp_path / "runs" / "x-0.9" / "synthetic" / "vanilla"
+    for unit, drawn in (("y0-a0", 8), ("y0-a1", 4)):
+        (synthetic / f".{unit}.partial").mkdir(parents=True)
+        for i in range(drawn):
+            (synthetic / f".{unit}.partial" / f"{i:05}.png").touch()
+    files.write_json(synthetic / ".stage", {"wanted": {"y0-a0": 6, "y0-a1": 6}})
+    done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
+    assert done.stdout.endswith("10 of 12 images done, to do\n")

@@ -52,8 +52,8 @@ def stable_diffusion(out, base, shape):
 def test_fine_tuned_weights_reload_in_plain_diffusers_and_draw_the_same_images(base, dataset, tmp_path, shape):
     sd = stable_diffusion(tmp_path / shape, base, shape)
     same = ("--base", sd, "--data", dataset)
-    text = run("finetune.py", *same, "--method", "lora", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32, "--out",
-               tmp_path / "lora")
+    text = run("finetune.py", *same, "--method", "lora", "--rare", "own", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32,
+               "--out", tmp_path / "lora")
     assert "M weights, of which" in text and "plus activations" in text
     run("generate.py", *same, "--clip", base / "clip", "--models", tmp_path / "lora", "--images", 2, "--batch", 2,
         "--steps", 3, "--clip-threshold", 0, "--out", tmp_path / "images")
@@ -80,7 +80,7 @@ def test_fp16_variants_load_and_weights_are_saved_in_bf16_on_demand(base, datase
 
 
 def test_an_invalid_base_is_a_one_line_error(base, dataset, tmp_path):
-    args = ("generate.py", "--clip", base / "clip", "--data", dataset, "--images", 1, "--out", tmp_path / "out")
+    args = ("generate.py", "--clip", base / "clip", "--data", dataset, "--alpha", 1, "--images", 1, "--out", tmp_path / "out")
     run(*args, "--base", "somebody/of-the-hub", fails="--base somebody/of-the-hub: cannot be loaded")
     pickled = shutil.copytree(base, tmp_path / "pickled")
     weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"

@@ -239,6 +239,13 @@ def test_a_recipe_states_whose_group_labels_it_uses(recipe, models, expected, tm
     assert group_labels(recipe, tmp_path if takes_synthetic(recipe) else None) == expected
 
 
+def test_a_filter_that_compares_with_the_means_of_groups_uses_the_training_labels(base, dataset, embeddings, vanilla, tmp_path):
+    assert group_labels("two-stage", vanilla) == "val for selection"
+    run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--embeddings", embeddings, "--images", 1,
+        "--steps", 1, "--batch", 2, "--out", tmp_path / "filtered")
+    assert group_labels("two-stage", tmp_path / "filtered") == "train, val for selection"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_byte(recipe, dataset, vanilla, tmp_path):
     args = ("train_classifier.py", "--recipe", recipe, "--data", dataset, *QUICK)
