@@ -4,11 +4,11 @@
 IMAGES        ?= 250
 EPOCHS        ?= 30
 CLUSTER       ?= --min-size 20
-LORA          ?= --steps 300 --batch 16 --learning-rate 2e-3 --schedule cosine
-DREAMBOOTH    ?= --steps 250 --batch 16 --learning-rate 3e-4 --schedule cosine
-CLUSTERED     ?= --steps 125
-COMPOSITIONAL ?= --steps 800 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
-GENERATE      ?= --guidance-scale 1 --batch 32
+LORA          ?= --steps 150 --batch 16 --learning-rate 2e-3 --schedule cosine
+DREAMBOOTH    ?= --steps 120 --batch 16 --learning-rate 3e-4 --schedule cosine
+CLUSTERED     ?= --steps 60
+COMPOSITIONAL ?= --steps 300 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
+GENERATE      ?= --steps 10 --guidance-scale 1 --batch 32 --rare own
 # One process per core, one thread each: results do not depend on the number of cores, and two processes with one thread
 # each are faster than one with two.
 export OMP_NUM_THREADS ?= 1
