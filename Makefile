@@ -54,7 +54,8 @@ generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embedd
   $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
 classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
   --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
-measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
+measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
+  --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
@@ -76,7 +77,7 @@ $(if $(dry),,@printf '%s\n' $(call quoted,$(strip $1)) > $(@D)/command)
 endef
 dry  := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 .SECONDEXPANSION:
-include evaluation/ablations.mk
+include evaluation/experiments.mk
 $(DATA)/config.json: $$(call needs,$$(prepare)) | $(RUN)/.checked
 	$(call run,$(prepare))
 $(EMBEDDED)/config.json: $$(call needs,$$(embed))
@@ -93,7 +94,8 @@ $(RUN)/images/config.json: $$(call needs,$$(measure)) | $(RUN)/results/config.js
 	$(call run,$(measure))
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
-$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json $(if $(DRAWN),$(RUN)/images/config.json) $(if $(shell \
+$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json \
+  $(if $(DRAWN),$(RUN)/images/config.json) $(if $(shell \
   find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)
 	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
 $(STALE:%=%/config.json): FORCE
@@ -115,19 +117,10 @@ $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.c
 .DEFAULT_GOAL := all
 all: $(RUN)/results/report.html
 	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md) && echo "Report: $<")
-base: .venv/installed
-	$(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
-sweep:
-	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
-	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
-test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
-torture: .venv/installed
-	TORTURE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
-status:
-	@$(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
-help:
-	@$(PYTHON) common/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
+test torture: .venv/installed
+	$(if $(filter torture,$@),TORTURE=1) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
+status: ; @$(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
+help: ; @$(PYTHON) common/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
 clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

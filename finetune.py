@@ -12,9 +12,6 @@ Our compositional method trains one model `--per dataset`: each image with its o
 its cluster (of cluster.py --within class). What a class looks like is learned mostly from the common groups, the
 attribute from the prompt, and a rare group can then be drawn in every mode of its class.
 
-A bias-conflicting group of fewer than --rare-below images gets no unit (see --rare): generate.py draws it with the models of
-its class's bias-aligned group (paper, severe bias).
-
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the images of vanilla.
 Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for diffusers' `load_lora_weights`, or unet/ for
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
@@ -207,7 +204,7 @@ def main(argv=None):
     rows = imagefolder.read_metadata(args.data, "train")
     imagefolder.group_prompts(imagefolder.read_metadata(args.data))  # raises if a group has several captions
     if args.per == "cluster" and "cluster" not in rows[0]:
-        raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the output folder of cluster.py")
+        raise InputError(args.data / "metadata.csv", "has no column 'cluster'", "point --data to the output of cluster.py")
     for row in rows if args.per != "group" else ():  # the cluster becomes a part of a folder's name
         imagefolder.as_label(args.data / "metadata.csv", "cluster", row.get("cluster", "0"))
     prior_rows = imagefolder.read_metadata(args.prior, "train") if args.prior else []
@@ -220,7 +217,7 @@ def main(argv=None):
     base = files.model_digest(args.base)
     code = stage.code_digest(__file__, models.__file__, imagefolder.load_image, stage.seed_of)
     for unit in units:
-        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every", "rare", "rare_below"), base, code, unit.prompts,
+        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every"), base, code, unit.prompts,
                                 imagefolder.digest(args.data, unit.rows),
                                 imagefolder.digest(args.prior, unit.prior_rows) if args.prior else None)
     shard, shards = args.shard
@@ -243,7 +240,8 @@ def parse(argv=None):
     what.add_argument("--per", choices=("group", "cluster", "dataset"), default="group",
                       help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
     what.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    what.add_argument("--data", type=Path, required=True, help="prepared dataset folder, or output of cluster.py; split train is used")
+    what.add_argument("--data", type=Path, required=True,
+                      help="prepared dataset folder, or output of cluster.py; split train is used")
     what.add_argument("--prior", type=Path, help="class images (the vanilla synthetic images) for prior preservation; "
                       "default: no prior preservation")
     what.add_argument("--out", type=Path, required=True, help="folder to write the units to")

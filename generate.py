@@ -123,7 +123,8 @@ def fill(pipe, score, draw, out, args):
     lost = [row["index"] for row in candidates if not row["fault"] and not (out / image_name(row)).is_file()]
     usable = min([len(candidates), *lost])
     candidates = candidates[:usable // args.batch * args.batch]
-    with imagefolder.progress(None, draw["name"], "image", initial=len(candidates)) as bar:
+    least = math.ceil(sound_ones(draw["share"], args) / args.batch) * args.batch
+    with imagefolder.progress(None, draw["name"], "image", total=least, initial=len(candidates)) as bar:
         while len(found := selected(candidates, draw["share"], args)) < draw["share"]:
             if len(candidates) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
                 raise InputError(draw["title"], f"{len(found)} of {len(candidates)} images kept, {draw['share']} wanted",
@@ -148,7 +149,7 @@ def draw_batch(pipe, score, draw, indices, out, args):
 
 
 def fault_of(image):
-    """Why an image, (H, W, 3) float array in [0, 1], can not be used, or an empty string."""
+    """Why an image, (H, W, 3) float array in [0, 1], cannot be used, or an empty string."""
     return "nan" if not np.isfinite(image).all() else "blank" if image.std((0, 1)).max() < 0.01 else ""
 
 
@@ -174,7 +175,8 @@ def draws_of(rows, prompts, titles, args):
             print(f"{titles[group]}: no training images, drawn by the base model")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
         shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
-        draws += [{"name": group + draw["suffix"], "group": group, "title": imagefolder.unit_title(group + draw["suffix"], titles),
+        draws += [{"name": group + draw["suffix"], "group": group,
+                   "title": imagefolder.unit_title(group + draw["suffix"], titles),
                    "prompt": draw["prompt"].replace("{text}", text), "negative": negative, "guidance": guidance,
                    "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
                   for draw, share in zip(mine, shares) if share]
@@ -215,7 +217,8 @@ def main(argv=None):
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
     score_by = [imagefolder.class_prompts(rows), args.embeddings and models.embeddings_digest(args.embeddings)]
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
-                                             "embeddings", "rare", "rare_below", "rare_guidance"), prompts, score_by, files.model_digest(args.base), files.model_digest(args.clip),
+                                             "embeddings", "rare", "rare_below", "rare_guidance"), prompts, score_by,
+                           files.model_digest(args.base), files.model_digest(args.clip),
                            stage.code_digest(__file__, models.__file__, stage.seed_of))
     for draw in draws:
         draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["negative"], draw["guidance"], draw["trained"])
@@ -262,13 +265,13 @@ def parse(argv=None):
     parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
     parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0,
                         help="guidance scale of transferred groups; above 1, their negative prompt takes effect")
-    parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images drawn for a unit that is "
-                        "kept, those with the best CLIP score (paper: 0.75); 1: no filter")
+    parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images "
+                        "drawn for a unit that is kept, those with the best CLIP score (paper: 0.75); 1: no filter")
     parser.add_argument("--alpha", type=stage.number(float, 0, 1), default=0.5, help="weight of the class's prompt in the CLIP "
                         "score; the rest is that of the group's mean embedding (paper: 0.5)")
     parser.add_argument("--embeddings", type=Path, help="of DATA's images, for that mean: output folder of data/embed.py")
-    parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), help="instead: keep all images to whose own group CLIP "
-                        "gives this probability among the prompts of all groups (ours); 0: no filter")
+    parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), help="instead: keep all images to "
+                        "whose own group CLIP gives this probability among the prompts of all groups (ours); 0: no filter")
     parser.add_argument("--max-tries", type=count, default=20, help="candidates per image that is needed before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of all images")
@@ -279,7 +282,8 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
-        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images", "run data/embed.py, or use --alpha 1")
+        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images",
+                         "run data/embed.py, or use --alpha 1")
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
     return args

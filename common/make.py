@@ -24,13 +24,13 @@ from common import files
 HELP = """\
 make           run the experiment on {DATASET} at bias {BIAS}: a table, figures, a report
 make sweep     the same for several biases: make sweep BIAS="0.9 0.99"
-make paper     the paper's recipes and ours beside the paper's numbers
+make paper     the paper's recipes and ours at two biases, and a verdict on its claims
 make ablate    clustered with one setting changed
 make status    what is done, running and to do
 make -n        show what would run
 make test      install and run the tests
 make torture   long robustness tests: kills, full disks, bad input, 100,000 images
-make base      train the base model of digits again
+make base      train the miniature base model again
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
@@ -68,7 +68,8 @@ def settings(overrides, *values):
 
 def check_names(overrides):
     """Raises Wrong for a variable on make's command line that no Makefile uses."""
-    text = "\n".join(path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"), *Path("evaluation").glob("*.mk")))
+    text = "\n".join(path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"),
+                                                    *Path("evaluation").glob("*.mk")))
     known = set(re.findall(r"^(?:export )?([A-Z_]+) *\?=", text, re.M)) | set(re.findall(r"\$\(([A-Z_]+)\)", text))
     known -= set(re.findall(r"^([A-Z_]+) *:?=", text, re.M)) | {"MAKE", "MAKEOVERRIDES", "MAKECMDGOALS", "STALE"}
     for name in re.findall(r"(?:^|(?<!\\) )([A-Za-z_][\w.-]*)[:+?]?=", overrides):
@@ -136,7 +137,7 @@ def known_recipes():
                    and getattr(node.targets[0], "id", None) == "RECIPES")
     methods, variants = (re.findall(r"^([\w.-]+)\.(finetune|generate|recipe) *=", "\n".join(texts), re.M) for texts in (
         [path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"))],
-        [Path("evaluation/ablations.mk").read_text()]))
+        [Path("evaluation/experiments.mk").read_text()]))
     return [key.value for key in recipes.keys], ["vanilla", *(name for name, _ in methods)], variants
 
 

@@ -1,5 +1,6 @@
-# CelebA (Liu et al. 2015): y = Blond_Hair, a = Male; PREPARE="--target Smiling --attribute Young" takes others. ROOT holds list_attr_celeba.txt (or
-# .csv), list_eval_partition.txt (or .csv) and img_align_celeba. We have not run it on the real images.
+# CelebA (Liu et al. 2015): y = Blond_Hair, a = Male; PREPARE="--target Smiling --attribute Young" takes others. ROOT holds
+# list_attr_celeba.txt (or .csv), list_eval_partition.txt (or .csv) and img_align_celeba. We have not run it on the real
+# images.
 ROOT       ?= downloads/celeba
 BIAS       ?= natural
 # paper: make paper
@@ -10,7 +11,7 @@ CLIP       ?= openai/clip-vit-large-patch14
 # ours: thousands of images a group
 CLUSTER    ?= --min-size 100 --k-max 10
 IMAGES     ?= 2000
-# paper: alpha, keep, and at 0.999 no models of rare groups (of 67 images at most); ours: as for Waterbirds
+# paper: alpha, keep, and at 0.999 no models of the rare groups' few images; ours: as for Waterbirds
 GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16 --alpha 0.5 --keep 0.75 --rare-below 100
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 2000 --batch 4 --learning-rate 1e-4 --rank 16

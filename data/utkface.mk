@@ -10,7 +10,7 @@ CLIP       ?= openai/clip-vit-large-patch14
 # ours
 CLUSTER    ?= --min-size 50 --k-max 10
 IMAGES     ?= 1000
-# paper: alpha, keep, and at 0.999 no models of rare groups (of 67 images at most); ours: as for Waterbirds
+# paper: alpha, keep, and at 0.999 no models of the rare groups' few images; ours: as for Waterbirds
 GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16 --alpha 0.5 --keep 0.75 --rare-below 50
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 1500 --batch 4 --learning-rate 1e-4 --rank 16

@@ -10,7 +10,8 @@ CLIP       ?= openai/clip-vit-large-patch14
 # ours: the rare group has 56 images
 CLUSTER    ?= --min-size 20 --k-max 10
 IMAGES     ?= 1000
-# paper: alpha, keep, and at 0.999 no models of rare groups (of 67 images at most); ours: 20 to 25 steps of DPM-Solver++, a guidance scale near 2 keeps the variety that training images need (DataDream)
+# paper: alpha, keep, and at 0.999 no models of the rare groups' few images; ours: 20 to 25 steps of DPM-Solver++, a
+# guidance scale near 2 keeps the variety that training images need (DataDream)
 GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16 --alpha 0.5 --keep 0.75 --rare-below 10
 # diffusers: learning rates, rank, prior weight; ours: steps and batch
 LORA       ?= --steps 800 --batch 4 --learning-rate 1e-4 --rank 16

@@ -72,7 +72,7 @@ def main(argv=None):
             row = found[run].get(recipe, {})
             if row.get(f"vs_{reference}"):
                 claims.append([claim, run, f"{recipe} - {reference}", *verdict(row, reference, wanted)])
-    text = ("Worst-group / average-group accuracy: ours with the 95 % interval of the worst group, and the paper's in percent.\n\n"
+    text = ("Worst-group / average-group accuracy: ours, with the 95 % interval of the former, and the paper's in percent.\n\n"
             + figures.markdown_table(["recipe", *runs, "group labels", *COLUMNS], ours)
             + "\nThe claims of the paper's abstract, in worst-group accuracy.\n\n"
             + figures.markdown_table(["claim", "run", "difference", "with its 95 % interval", "holds"], claims))
@@ -92,7 +92,8 @@ def cell(row):
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    parser.add_argument("--results", type=Path, nargs="+", required=True, help="output folders of evaluate.py, least bias first")
+    parser.add_argument("--results", type=Path, nargs="+", required=True,
+                        help="output folders of evaluate.py, least bias first")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -1,3 +1,8 @@
+# Experiments of several runs, or of more recipes.
+sweep:
+	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
+	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) --out runs/$(DATASET)-sweep
+
 # `make paper` runs the paper's recipes and ours at two biases, with five classifier seeds and three of everything before;
 # at the severe one also rare groups that are drawn by the models of common ones.
 PAPER_BIASES  ?= 0.95 0.99
