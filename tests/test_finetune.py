@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from common import files, imagefolder, stage
 
-QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2, "--rare", "own")
+QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
 
 def trained(stdout):
@@ -54,8 +54,6 @@ def test_units_that_are_published_are_kept_and_others_are_made_anew(base, datase
     made = run(*again, "--out", tmp_path / "lora")
     assert trained(made) == ["y0-a1"]
     assert files_of(tmp_path / "lora") == files_of(lora)
-    assert trained(run(*again, "--rare", "transfer", "--out", tmp_path / "lora")) == []
-    assert not (tmp_path / "lora" / "y0-a1").exists() and (tmp_path / "lora" / "y0-a0").exists()
     assert len(trained(run(*again, "--seed", 1, "--out", tmp_path / "lora"))) == 4
 
 
@@ -111,7 +109,7 @@ def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path
 
 
 def test_shards_of_another_number_that_own_the_same_unit_are_refused(base, dataset, tmp_path):
-    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--rare", "own", "--out",
+    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--out",
             tmp_path / "out")
     process = start(*args, "--shard", "1/2", "--checkpoint-every", 1, stdout=-1, stderr=-1)
     while not checkpointed(tmp_path / "out" / ".y0-a1.partial" / "loss.csv"):
@@ -141,27 +139,6 @@ def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, 
     assert 0 < reached[1] < reached[2] < 60
     run(*cut)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
-
-
-COUNTS = {(0, 0): 24, (0, 1): 3, (1, 0): 12, (1, 1): 9}  # class 0 is correlated with attribute 0, class 1 with 1
-
-
-@pytest.mark.parametrize("flags, units", (
-    ((), ["y0-a0", "y1-a0", "y1-a1"]),  # an aligned group has a unit however small it is
-    (("--rare-below", 13), ["y0-a0", "y1-a1"]),
-    (("--rare-below", 3), ["y0-a0", "y0-a1", "y1-a0", "y1-a1"]),
-    (("--rare", "own", "--rare-below", 13), ["y0-a0", "y0-a1", "y1-a0", "y1-a1"]),
-    (("--rare", "transfer", "--rare-below", 1), ["y0-a0", "y1-a1"]),
-    (("--rare", "transfer", "--per", "cluster"), ["y0-a0-c0", "y1-a1-c0"]),
-    (("--rare", "transfer", "--per", "dataset"), ["all"])))
-def test_bias_conflicting_groups_have_a_unit_if_they_are_large_enough_or_always_or_never(base, tmp_path, flags, units):
-    data = make_dataset(tmp_path / "data", counts=COUNTS)
-    files.write_csv(data / "metadata.csv", [dict(row, cluster=0) for row in imagefolder.read_metadata(data)])
-    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 1, *flags, "--out", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").glob("*/")) == units
-    draws = json.loads((tmp_path / "out" / "config.json").read_text())["draws"]
-    assert sorted({draw["unit"] for draw in draws}) == units
-    assert units != ["all"] or sum(draw["images"] for draw in draws) == 48  # one model learns from all of them
 
 
 def checkpointed(path):

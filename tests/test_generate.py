@@ -261,19 +261,35 @@ def test_a_group_without_training_images_is_drawn_by_the_models_of_its_class_and
     run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 2, "--out", tmp_path / "lora")
     text = run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 3,
                "--out", tmp_path / "v")
-    assert ("odd digit on a red background (y1-a0): has no unit of its own, drawn by the models of odd digit on a green "
-            "background (y1-a1)") in text and text.count("no unit of its own") == 1
+    assert ("odd digit on a red background (y1-a0): drawn by the models of odd digit on a green background (y1-a1)") in text
+    assert text.count("drawn by") == 1
     assert imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "v")) == {"y0-a0": 3, "y1-a0": 3, "y1-a1": 3}
     units = {row["unit"] for row in imagefolder.read_metadata(tmp_path / "v")}
     assert units == {"y0-a0", "y1-a0-by-y1-a1", "y1-a1"}
 
 
+@pytest.mark.parametrize("flags, transferred", (
+    ((), {"y0-a1"}),  # 3 images; 12 are enough, and the common groups of the classes always have their own
+    (("--rare-below", 13), {"y0-a1", "y1-a0"}),
+    (("--rare-below", 3), set()),
+    (("--rare", "own", "--rare-below", 13), set()),
+    (("--rare", "transfer", "--rare-below", 1), {"y0-a1", "y1-a0"})))
+def test_rare_groups_have_models_of_their_own_if_they_are_large_enough_or_always_or_never(base, command, tmp_path, flags,
+                                                                                          transferred):
+    data = make_dataset(tmp_path / "data", counts={(0, 0): 24, (0, 1): 3, (1, 0): 12, (1, 1): 14})
+    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 1, "--out", tmp_path / "lora")
+    run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 1, *flags, "--out", tmp_path / "v")
+    units = {imagefolder.group_of(row): row["unit"] for row in imagefolder.read_metadata(tmp_path / "v")}
+    assert {group for group, unit in units.items() if unit != group} == transferred
+    assert all(units[group] == f"{group}-by-{group[:2]}-a{group[1]}" for group in transferred)
+
+
 def test_a_class_without_training_images_falls_back_to_the_base_and_is_reported(base, command, tmp_path):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4, (0, 1): 2, (1, 1): 0})
-    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--rare", "own", "--steps", 1, "--out",
+    run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 1, "--out",
         tmp_path / "lora")
     text = run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 1, "--out", tmp_path / "v")
-    assert "odd digit on a green background (y1-a1): has no unit of its own, drawn by the base model" in text
+    assert "odd digit on a green background (y1-a1): no training images, drawn by the base model" in text
     row = imagefolder.read_metadata(tmp_path / "v")[-1]
     assert (row["unit"], row["prompt"], row["negative_prompt"]) == ("y1-a1", row["text"], "")
 
@@ -285,7 +301,7 @@ def test_rare_groups_are_drawn_by_each_cluster_of_the_aligned_group(base, datase
         "--out", tmp_path / "lora")
     clusters = {(imagefolder.group_of(row), row["cluster"]) for row in imagefolder.read_metadata(tmp_path / "c")}
     assert {("y0-a0", "0"), ("y0-a0", "1")} <= clusters
-    run(*command, "--models", tmp_path / "lora", "--images", 6, "--guidance-scale", 1.5, "--transfer-guidance", 3,
+    run(*command, "--models", tmp_path / "lora", "--images", 6, "--guidance-scale", 1.5, "--rare-guidance", 3,
         "--out", tmp_path / "v")
     rows = imagefolder.read_metadata(tmp_path / "v")
     assert set(imagefolder.group_counts(rows).values()) == {6}
@@ -303,7 +319,7 @@ def test_an_image_can_be_drawn_again_from_its_row_in_plain_diffusers(base, datas
     """metadata.csv has prompts, guidance scale and seed, config.json steps and base."""
     run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 2, "--learning-rate", 0.1, "--out",
         tmp_path / "lora")
-    run(*command, "--models", tmp_path / "lora", "--images", 1, "--guidance-scale", 1.5, "--transfer-guidance", 3, "--out",
+    run(*command, "--models", tmp_path / "lora", "--images", 1, "--guidance-scale", 1.5, "--rare-guidance", 3, "--out",
         tmp_path / "v")
     transferred, own = imagefolder.read_metadata(tmp_path / "v")[-2:]
     assert (transferred["unit"], own["unit"]) == ("y1-a0-by-y1-a1", "y1-a1") and own["prompt"] == f"{own['text']} sks"
@@ -331,7 +347,7 @@ def test_a_lost_or_edited_image_is_drawn_again(command, vanilla, tmp_path):
 
 
 def test_weights_of_another_base_or_changed_since_are_refused(base, dataset, command, tmp_path):
-    run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--rare", "own", "--steps", 1, "--out",
+    run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 1, "--out",
         tmp_path / "lora")
     other = shutil.copytree(base, tmp_path / "other")
     files.write_json(other / "scheduler" / "scheduler_config.json",

@@ -159,9 +159,9 @@ def test_no_script_writes_over_what_no_stage_wrote(role, place, tmp_path):
 NUMBERS = {
     "data/embed.py": "batch",
     "cluster.py": "k k-max min-size seed",
-    "finetune.py": "rare-below balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
+    "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
-    "generate.py": "images steps guidance-scale transfer-guidance keep alpha clip-threshold max-tries batch seed",
+    "generate.py": "images steps guidance-scale rare-below rare-guidance keep alpha clip-threshold max-tries batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature dro-step jtt-upsampling",
     "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
@@ -192,7 +192,7 @@ CONTRADICTIONS = {
     "train_classifier.py --recipe erm --weights imagenet --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe erm --arch resnet18 --weights x.safetensors --data {data} --out {out}": "--weights",
     "train_classifier.py --recipe all --data {data} --out {out}": "--recipe",
-    "finetune.py --method lora --rare never --base x --data {data} --out {out}": "--rare",
+    "generate.py --rare never --base x --clip x --data {data} --out {out}": "--rare",
     "data/embed.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
     "data/embed.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
     "data/embed.py --data {data} --encoder x --out {out}": "--clip",
@@ -373,7 +373,7 @@ def test_few_classes_attributes_and_images_are_handled(what, place, tmp_path):
     places = place | {"data": data, "embeddings": tmp_path / "e"}
     run(*words("data/embed.py --data {data} --clip {clip} --out {embeddings}", **places))
     run(*words("cluster.py --data {data} --embeddings {embeddings} --k 2 --min-size 2 --out {out}", out=tmp_path / "c", **places))
-    run(*words("finetune.py --method lora --per cluster --steps 1 --rare-below 2 --base {base} --data {clusters} --out {out}",
+    run(*words("finetune.py --method lora --per cluster --steps 1 --base {base} --data {clusters} --out {out}",
                out=tmp_path / "m", clusters=tmp_path / "c", **places))
     run(*words("generate.py --models {models} --base {base} --clip {clip} --embeddings {embeddings} --steps 1 --images 2 "
                "--batch 4 --data {data} --out {out}", out=tmp_path / "s", models=tmp_path / "m", **places))

@@ -145,7 +145,8 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(ho
     assert "--alpha 0 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-alpha0"]
     assert "--keep 1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-random"]
     assert "--clip-threshold 0.1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-threshold"]
-    assert "--rare transfer " in made["models/dreambooth-transfer"] and "--rare own " in made["models/clustered-own"]
+    assert "--rare transfer --models runs/digits-0.95/models/dreambooth " in made["synthetic/dreambooth-transfer"]
+    assert "--rare own --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-own"]
     assert "--images 50 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-images50"]
     for recipe, flags in (("beta0.9", "two-stage --beta 0.9"), ("beta1", "two-stage --beta 1"),
                           ("two-stage-whole", "two-stage-whole")):
