@@ -136,8 +136,9 @@ class Images:
         sizes = imagefolder.group_counts(rows)
         self.weights = torch.tensor([sizes[imagefolder.group_of(row)] ** -balance for row in rows])
         self.prompts, self.seed, self.balanced = prompts, seed, balance > 0 and len(sizes) > 1
-        moments = [base.moments([imagefolder.load_image(data / row["file_name"], base.size) for row in rows[i:i + 16]])
-                   for i in range(0, len(rows), 16)]
+        batch = min(16, max(1, 16 * 64**2 // base.size**2))  # encoding 16 images of 512 pixels would take 10 GB
+        moments = [base.moments([imagefolder.load_image(data / row["file_name"], base.size) for row in rows[i:i + batch]])
+                   for i in range(0, len(rows), batch)]
         self.mean, self.std = (torch.cat(part) for part in zip(*moments))
 
     def pick(self, step, batch):
@@ -288,11 +289,10 @@ def parse(argv=None):
 def train_units(todo, units, base_digest, args):
     """Trains and publishes the units `todo`, one after the other. Returns one line for each that failed."""
     device = models.pick_device(args.device)
-    base = models.Base(args.base, device, models.use_bf16(args.precision, device))
+    base = models.Base(args.base, device, models.use_bf16(args.precision, device), args.method)
     if args.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
-    print_memory(base, trainable_weights(base, args), args)  # what it attaches, reset() takes away again
     failures = []
     stage.start(args, {unit.name: 1 for unit in units})
     for unit in todo:
@@ -312,15 +312,6 @@ def train_units(todo, units, base_digest, args):
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.title}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)
     return failures
-
-
-def print_memory(base, weights, args):
-    """The least that training takes: all weights, and for each trained one its gradient and AdamW's two moments."""
-    held = sum(weight.numel() for part in (base.unet, base.text_encoder, base.vae) for weight in part.parameters())
-    trained = sum(weight.numel() for weight in weights)
-    total = 4 * held + (16 if args.ema_decay else 12) * trained
-    print(f"memory: {total / 1e9:.2f} GB for {held / 1e6:.1f} M weights, of which {trained / 1e6:.2f} M are trained, plus "
-          "activations (to save memory: --method lora, a smaller --batch, --gradient-checkpointing)", flush=True)
 
 
 def publish(units, base_digest, args, inputs):

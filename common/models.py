@@ -125,9 +125,12 @@ def token_ids(tokenizer, prompts):
 
 
 class Base:
-    """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule, all in fp32."""
+    """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule, all in fp32.
 
-    def __init__(self, name, device, bf16):
+    method: what is trained. A copy of the weights, to begin each unit from, is kept for dreambooth only.
+    """
+
+    def __init__(self, name, device, bf16, method):
         from diffusers import DDPMScheduler
 
         pipe = load_pipeline(name, torch.float32)
@@ -138,13 +141,14 @@ class Base:
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._weights = {part: {key: value.cpu().clone() for key, value in part.state_dict().items()}
-                         for part in (self.unet, self.text_encoder)}
+                         for part in ((self.unet, self.text_encoder) if method == "dreambooth" else ())}
         self._embeds = {}
 
     def reset(self):
         """Restores the base's own weights."""
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
+        self.unet.requires_grad_(False)
         for part, weights in self._weights.items():
             part.load_state_dict(weights)
             part.requires_grad_(False)
@@ -241,8 +245,9 @@ class Sampler:
         self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config,
                                                                       algorithm_type="dpmsolver++")
         self.pipe.set_progress_bar_config(disable=True)
-        self._weights = {part: {key: value.clone() for key, value in getattr(self.pipe, part).state_dict().items()}
-                         for part in ("unet", "text_encoder")}
+        if self.pipe.unet.config.sample_size > 32:  # one image at a time: decoding 16 of 512 pixels takes 10 GB
+            self.pipe.vae.enable_slicing()
+        self._own = {}  # copies of the base's weights that a unit's weights have replaced
 
     def load(self, weights):
         """Loads a unit's weights (a folder written by save_weights), or restores the base's own (None)."""
@@ -255,9 +260,13 @@ class Sampler:
             raise InputError(weights, "contains neither a LoRA nor a UNet", again)
         self.pipe.unload_lora_weights()
         try:
-            for part, base in self._weights.items():
-                found = sorted((weights / part).glob("*.safetensors")) if weights else []
-                getattr(self.pipe, part).load_state_dict(load_file(found[0]) if found else base)
+            for name in ("unet", "text_encoder"):
+                found = sorted((weights / name).glob("*.safetensors")) if weights else []
+                part = getattr(self.pipe, name)
+                if found and name not in self._own:
+                    self._own[name] = {key: value.clone() for key, value in part.state_dict().items()}
+                if found or name in self._own:
+                    part.load_state_dict(load_file(found[0]) if found else self._own[name])
             if lora:
                 self.pipe.load_lora_weights(weights, weight_name=LORA_FILE)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
