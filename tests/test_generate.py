@@ -354,8 +354,8 @@ def test_weights_of_another_base_or_changed_since_are_refused(base, dataset, com
                      files.read_json(other / "scheduler" / "scheduler_config.json") | {"beta_end": 0.013})
     args = ("--models", tmp_path / "lora", "--images", 1, "--out", tmp_path / "v")
     run("generate.py", "--base", other, *command[3:], *args, fails="was fine-tuned from another base model than --base")
-    shutil.rmtree(tmp_path / "lora" / "y0-a1")
-    run(*command, *args, fails="y0-a1: the unit was removed or changed since fine-tuning (run finetune.py again)")
+    shutil.rmtree(tmp_path / "lora" / "y0-a0")
+    run(*command, *args, fails="y0-a0: the unit was removed or changed since fine-tuning (run finetune.py again)")
     assert not (tmp_path / "v" / "metadata.csv").exists()
 
 

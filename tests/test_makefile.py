@@ -295,10 +295,10 @@ def test_digits_run_a_process_with_one_thread_per_core_unless_one_says_otherwise
     (tmp_path / "show.mk").write_text("include data/digits.mk\nall:\n\t@echo $(MAKEFLAGS) threads $$OMP_NUM_THREADS\n")
     for args, jobs, threads in (((), f"-j{len(os.sched_getaffinity(0))} ", "1"), (("-j3",), "-j3 ", "1"),
                                 (("OMP_NUM_THREADS=2",), f"-j{len(os.sched_getaffinity(0))} ", "2")):
-        text = run_make(house, "-f", str(tmp_path / "show.mk"), *args)
+        text = run_make(house, "-f", str(tmp_path / "show.mk"), "all", *args)
         assert jobs in text and text.split("threads ")[1].strip() == threads, (args, text)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # nproc reads it
-    assert f"-j{len(os.sched_getaffinity(0))} " in run_make(house, "-f", str(tmp_path / "show.mk"))
+    assert f"-j{len(os.sched_getaffinity(0))} " in run_make(house, "-f", str(tmp_path / "show.mk"), "all")
 
 
 def test_an_edited_comment_retrains_nothing(house):

@@ -52,11 +52,10 @@ def stable_diffusion(out, base, shape):
 def test_fine_tuned_weights_reload_in_plain_diffusers_and_draw_the_same_images(base, dataset, tmp_path, shape):
     sd = stable_diffusion(tmp_path / shape, base, shape)
     same = ("--base", sd, "--data", dataset)
-    text = run("finetune.py", *same, "--method", "lora", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32,
-               "--out", tmp_path / "lora")
-    assert "M weights, of which" in text and "plus activations" in text
+    run("finetune.py", *same, "--method", "lora", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32, "--out",
+        tmp_path / "lora")
     run("generate.py", *same, "--clip", base / "clip", "--models", tmp_path / "lora", "--images", 2, "--batch", 2,
-        "--steps", 3, "--clip-threshold", 0, "--out", tmp_path / "images")
+        "--steps", 3, "--clip-threshold", 0, "--rare", "own", "--out", tmp_path / "images")
     pipe = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
     pipe.load_lora_weights(tmp_path / "lora" / "y1-a0")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
