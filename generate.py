@@ -6,10 +6,10 @@
         --embeddings runs/digits-0.95/embeddings --models runs/digits-0.95/models/lora --out runs/digits-0.95/synthetic/lora
 
 Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the base model draws them from
-the group's prompt. A group that has no unit of its own is drawn by the models of its class's bias-aligned group, without
-their identifier and away from that group's words (paper, severe bias), or by the base model if that has none either. Of the
-images drawn, the share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined by (seed,
-unit, index) alone. The safety checker is off: a blackened image is no training image.
+the group's prompt. A rare group (see --rare) is drawn by the models of its class's most common one, without their identifier
+and away from that group's words (paper, severe bias). Of the images drawn, the share --keep with the best CLIP score is
+selected (paper, CLIP filter). An image is determined by (seed, unit, index) alone. The safety checker is off: a blackened
+image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv (the selected images in the
 one format, with columns unit, clip_score, seed, prompt, negative_prompt, guidance_scale: with OUT/config.json all it takes to
@@ -259,9 +259,9 @@ def parse(argv=None):
     parser.add_argument("--steps", type=count, default=20, help="steps of DPM-Solver++")
     parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0,
                         help="classifier-free guidance; 1: none (half the cost)")
-    parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws groups other than the "
-                        "most common one of their class: models of their own, that group's models, or these if the group has "
-                        "fewer than --rare-below training images")
+    parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group that is not the "
+                        "most common one of its class: own: models of its own; transfer: that one's models (paper, severe bias); "
+                        "auto: transfer if it has fewer than --rare-below training images")
     parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
     parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0,
                         help="guidance scale of transferred groups; above 1, their negative prompt takes effect")
