@@ -260,7 +260,7 @@ def parse(argv=None):
     parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0,
                         help="classifier-free guidance; 1: none (half the cost)")
     parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group that is not the "
-                        "most common one of its class: own: models of its own; transfer: that one's models (paper, severe bias); "
+                        "most common one of its class: own: models of its own; transfer: that one's models (paper); "
                         "auto: transfer if it has fewer than --rare-below training images")
     parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
     parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0,

@@ -72,3 +72,5 @@ def test_missing_results_and_those_of_something_else_are_one_line_errors(tmp_pat
         files.write_csv(results / "intervals.csv", [row])
         run("evaluation/paper.py", "--results", results, "--out", tmp_path / "p", fails="intervals.csv: was not written by evaluate")
     assert not (tmp_path / "p").exists()
+    files.write_csv(results / "intervals.csv", [{"recipe": "erm", "worst_group": "x", "low": "0", "high": "1"}])
+    run("evaluation/sweep.py", "--results", results, "--out", tmp_path / "s", fails="intervals.csv: was not written by evaluate")
