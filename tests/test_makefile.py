@@ -37,7 +37,7 @@ def would_run(house, *args):
     return sorted("/".join(line[line.index("--out") + 1].split("/")[2:]) for line in lines)
 
 
-SECONDS = ("config.json", "cost.csv", "cost.md", "report.html", ".checked")  # these tell how long things took
+SECONDS = ("config.json", "cost.csv", "images.md", "report.html", ".checked")  # these tell how long things took
 CLASSIFIERS = ["classifiers/clustered", "classifiers/erm", "classifiers/lora", "classifiers/vanilla"]
 
 
