@@ -27,7 +27,7 @@ SMALL = (f"RECIPES=erm lora{' vanilla clustered' * LONG}", "SEEDS=0 1", "IMAGES=
 # the longest wait from a script's start to its death, in seconds
 SCRIPTS = {"data/prepare.py": 3, "data/embed.py": 6, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
            "train_classifier.py": 6, "evaluation/images.py": 6, "evaluate.py": 2, "evaluation/report.py": 0.3}
-SECONDS = ("config.json", "cost.csv", "cost.md", "report.html")  # what tells how long things took
+SECONDS = ("config.json", "cost.csv", "images.md", "report.html")  # what tells how long things took
 PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
 
 
