@@ -38,6 +38,7 @@ compositional.finetune  = --method dreambooth --per dataset --data $(RUN)/modes 
 prior                   = --prior $(RUN)/synthetic/vanilla
 clusters.cluster        = --k $(K)
 modes.cluster           = --within class --k $(MODES)
+
 # ---- the commands, in the order in which data flows; $1 is a method or a recipe ---------------------------------
 PY       = .venv/bin/python
 DATA     = data/$(DATASET)-$(BIAS)

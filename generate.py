@@ -168,9 +168,10 @@ def draws_of(rows, prompts, titles, args):
         mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         negative, guidance, common = "", args.guidance_scale, imagefolder.correlated_attribute(counts, y)
         from_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
+        other = imagefolder.group_name(y, common)
         if a != common and from_common and counts.get(group, 0) < fewest:
-            mine, negative, guidance = transferred(from_common), words_in(prompts[f"y{y}-a{common}"], text), args.rare_guidance
-            print(f"{titles[group]}: drawn by the models of {titles[imagefolder.group_name(y, common)]}")
+            mine, negative, guidance = transferred(from_common), words_in(prompts[other], text), args.rare_guidance
+            print(f"{titles[group]}: drawn by the models of {titles[other]}")
         elif args.models and not mine:
             print(f"{titles[group]}: no training images, drawn by the base model")
         mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]

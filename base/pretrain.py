@@ -278,8 +278,7 @@ def main(argv=None):
         for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
             config.write_text(config.read_text().replace('"float16"', '"float32"'))  # what transformers computes in
         save_sheets(out, pipe.to(torch.float32), images, labels, args.samples)
-        stage.finish(out, args, key, inputs, names=[str(path.relative_to(out)) for path in sorted(out.rglob("*.*"))
-                                                    if path.is_file() and path.name != ".stage"])
+        stage.finish(out, args, key, inputs)
 
 
 def parse(argv=None):

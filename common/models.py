@@ -148,7 +148,6 @@ class Base:
         """Restores the base's own weights."""
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
-        self.unet.requires_grad_(False)
         for part, weights in self._weights.items():
             part.load_state_dict(weights)
             part.requires_grad_(False)

@@ -15,7 +15,7 @@ paper:
 	  MODEL_SEEDS="$(PAPER_SEEDS)" REFERENCES="erm groupdro vanilla dreambooth" &&) true
 	$(PY) evaluation/paper.py --results $(foreach BIAS,$(PAPER_BIASES),$(RUN)/results) --out runs/$(DATASET)-paper
 
-# `make ablate` compares recipes that differ from clustered in one setting: a table and a figure each.
+# `make ablate` compares recipes that differ in one setting: a table and a figure each.
 ABLATIONS         = clusters filter beta images second-stage prior rare
 clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
 filter.of         = clustered-alpha0 clustered clustered-alpha1 clustered-random clustered-threshold

@@ -1,6 +1,7 @@
 """The figures and tables of the evaluation."""
 
-from common import imagefolder
+from common import files, imagefolder
+from common.files import InputError
 
 
 def new_axes(height):
@@ -63,3 +64,16 @@ def images_by_group(path, titles, data, synthetic):
 def markdown_table(columns, rows):
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def read_intervals(path, todo):
+    """The rows of an intervals.csv. Raises InputError, with what is to be done, unless evaluate.py wrote it."""
+    rows = files.read_csv(path, todo)
+    try:
+        for row in rows:
+            row["recipe"], row["group_labels"]
+            [float(row[name]) for name in ("worst_group", "average_group", "low", "high")]
+            [float(value) for name, value in row.items() if name.startswith("vs_") and value]
+    except (KeyError, ValueError, TypeError):
+        raise InputError(path, "was not written by evaluate.py", todo) from None
+    return rows

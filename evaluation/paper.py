@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, stage
-from common.files import InputError
 from evaluation import figures
 
 PAPER = {  # Basu et al., AAAI 2026: worst-group / average-group accuracy in percent, original and at bias 0.999
@@ -43,23 +42,12 @@ def verdict(row, reference, wanted):
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", word
 
 
-def read_intervals(path):
-    """{recipe: its row of an intervals.csv}. Raises InputError unless evaluate.py wrote it."""
-    todo = "run evaluate.py with --references vanilla groupdro dreambooth for this run first"
-    rows = files.read_csv(path, todo)
-    try:
-        for row in rows:
-            cell(row)
-            [float(value) for name, value in row.items() if name.startswith("vs_") and value]
-        return {row["recipe"]: row for row in rows if row["group_labels"]}
-    except (KeyError, ValueError, TypeError):
-        raise InputError(path, "was not written by evaluate.py", todo) from None
-
-
 def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
-    found = {results.parent.name: read_intervals(results / "intervals.csv") for results in args.results}
+    todo = "run evaluate.py with --references vanilla groupdro dreambooth for this run first"
+    found = {results.parent.name: {row["recipe"]: row for row in figures.read_intervals(results / "intervals.csv", todo)}
+             for results in args.results}
     runs = list(found)
     recipes = sorted(dict.fromkeys(recipe for rows in found.values() for recipe in rows),
                      key=lambda recipe: -float(found[runs[-1]].get(recipe, {"worst_group": 0})["worst_group"]))

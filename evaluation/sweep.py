@@ -12,7 +12,6 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, stage
-from common.files import InputError
 from evaluation import figures
 
 
@@ -22,11 +21,8 @@ def main(argv=None):
     values = {}
     for results in args.results:
         bias = re.sub(r"-seed\d+$", "", results.parent.name).rsplit("-", 1)[-1]
-        for row in files.read_csv(results / "intervals.csv", "run evaluate.py for this bias first"):
-            try:
-                values.setdefault(row["recipe"], {})[bias] = [float(row[name]) for name in ("worst_group", "low", "high")]
-            except (KeyError, TypeError, ValueError):
-                raise InputError(results / "intervals.csv", "was not written by evaluate.py", "run it again") from None
+        for row in figures.read_intervals(results / "intervals.csv", "run evaluate.py for this bias first"):
+            values.setdefault(row["recipe"], {})[bias] = [float(row[name]) for name in ("worst_group", "low", "high")]
     biases = sorted({bias for row in values.values() for bias in row}, key=lambda text: (text == "natural", text))
     values = dict(sorted(values.items(), key=lambda item: -mean(value[0] for value in item[1].values())))
     with files.replacing(args.out) as out:
