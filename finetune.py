@@ -17,12 +17,13 @@ Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for diffus
 `UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
 """
 
+import functools
 import math
 import sys
 import time
 from pathlib import Path
 
-from common import files, imagefolder, models, stage
+from common import files, imagefolder, models, pixels, stage
 from common.checkpoint import Checkpoint
 from common.files import InputError
 
@@ -57,10 +58,9 @@ def dreambooth_loss(base, unit, step, args):
     that the model keeps what it knows about the group (Ruiz et al. 2023, equation 2).
     """
     rng = torch.Generator().manual_seed(stage.seed_of(args.seed, unit.name, step))
-    parts = [unit.images, unit.prior] if unit.prior else [unit.images]
-    picks = [part.pick(step, args.batch) for part in parts]
-    latents = torch.cat([part.latents(pick, rng) for part, pick in zip(parts, picks)]).to(base.device)
-    prompts = [part.prompts[i] for part, pick in zip(parts, picks) for i in pick]
+    picks = [part.pick(step, args.batch) for part in unit.parts]
+    latents = torch.cat([part.latents(pick, rng) for part, pick in zip(unit.parts, picks)]).to(base.device)
+    prompts = [part.prompts[i] for part, pick in zip(unit.parts, picks) for i in pick]
     noise = torch.randn(latents.shape, generator=rng).to(latents)
     timesteps = torch.randint(base.scheduler.config.num_train_timesteps, (len(latents),), generator=rng)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=base.bf16):
@@ -75,7 +75,9 @@ def trainable_weights(base, args):
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    base.unet.requires_grad_(False)
+    if args.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
     if args.method == "lora":
         base.unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, init_lora_weights="gaussian",
                                          target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -132,14 +134,23 @@ def finetune(base, unit, args):
 class Images:
     """Images as the diffusion model sees them: the moments of their latents, encoded once, and a prompt each."""
 
-    def __init__(self, base, data, rows, prompts, seed, balance=0.0):
+    def __init__(self, folder, rows, prompts, seed, args, balance=0.0):
         sizes = imagefolder.group_counts(rows)
         self.weights = torch.tensor([sizes[imagefolder.group_of(row)] ** -balance for row in rows])
-        self.prompts, self.seed, self.balanced = prompts, seed, balance > 0 and len(sizes) > 1
-        batch = min(16, max(1, 16 * 64**2 // base.size**2))  # encoding 16 images of 512 pixels would take 10 GB
-        moments = [base.moments([imagefolder.load_image(data / row["file_name"], base.size) for row in rows[i:i + batch]])
-                   for i in range(0, len(rows), batch)]
-        self.mean, self.std = (torch.cat(part) for part in zip(*moments))
+        self.folder, self.rows, self.prompts, self.seed, self.args = folder, rows, prompts, seed, args
+        self.balanced = balance > 0 and len(sizes) > 1
+
+    @functools.cached_property
+    def drawn(self):
+        """{index: row} of the images that the steps draw, by index: 800 steps of one draw 800 of 70,000."""
+        steps, batch = self.args.steps * self.args.accumulation, self.args.batch
+        picks = [self.pick(step, batch) for step in range(steps)] if self.balanced else [
+            self.pick(0, min(steps * batch, len(self.rows)))]
+        return {index: self.rows[index] for index in sorted({index for pick in picks for index in pick})}
+
+    def encode(self, base):
+        self.mean, self.std = base.encode([self.folder / row["file_name"] for row in self.drawn.values()])
+        self.place = {index: place for place, index in enumerate(self.drawn)}
 
     def pick(self, step, batch):
         """Indices of the images of a step. Each epoch goes through all images in an order of its own.
@@ -159,23 +170,20 @@ class Images:
 
     def latents(self, indices, rng):
         """Latents sampled from the VAE's posterior, (len(indices), 4, h, w)."""
-        noise = torch.randn(self.mean[indices].shape, generator=rng)
-        return self.mean[indices] + self.std[indices] * noise
+        mean, std = (moments[[self.place[index] for index in indices]] for moments in (self.mean, self.std))
+        return mean + std * torch.randn(mean.shape, generator=rng)
 
 
 class Unit:
     """What has weights of its own: a group, a cluster of a group, or the whole dataset."""
 
-    def __init__(self, name, rows, templates, prior_rows):
+    def __init__(self, name, rows, templates, prior_rows, args):
         self.name, self.rows, self.templates, self.prior_rows = name, rows, templates, prior_rows
         self.prompts = [template.replace("{text}", row["text"]) for template, row in zip(templates, rows)]
-
-    def load(self, base, args):
-        self.images = Images(base, args.data, self.rows, self.prompts, (args.seed, self.name), args.balance)
-        self.prior = None
-        if self.prior_rows:
-            self.prior = Images(base, args.prior, self.prior_rows, [row["text"] for row in self.prior_rows],
-                                (args.seed, self.name, "prior"))
+        self.images = Images(args.data, rows, self.prompts, (args.seed, name), args, args.balance)
+        self.prior = prior_rows and Images(args.prior, prior_rows, [row["text"] for row in prior_rows],
+                                           (args.seed, name, "prior"), args)
+        self.parts = [self.images, self.prior] if self.prior else [self.images]
 
 
 def units_of(rows, prior_rows, args):
@@ -186,7 +194,7 @@ def units_of(rows, prior_rows, args):
         name = {"group": group, "cluster": f"{group}-c{row.get('cluster')}", "dataset": "all"}[args.per]
         members.setdefault(name, []).append(row)
     return [Unit(name, rows, [prompt_template(row, args) for row in rows],
-                 [row for row in prior_rows if imagefolder.group_of(row) in imagefolder.group_counts(rows)])
+                 [row for row in prior_rows if imagefolder.group_of(row) in imagefolder.group_counts(rows)], args)
             for name, rows in sorted(members.items())]
 
 
@@ -224,7 +232,7 @@ def main(argv=None):
     shard, shards = args.shard
     stage.claim(args, [unit.name for unit in units[shard::shards]])
     todo = [unit for unit in units[shard::shards] if not stage.is_published(args.out / unit.name, unit.key)]
-    imagefolder.check_images(args.data, [row for unit in todo for row in unit.rows])  # now, not after hours of training
+    pixels.check(args.data, [row for unit in todo for row in unit.images.drawn.values()])  # now, not after hours of training
     failures = train_units(todo, units, base, args) if todo else []
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
@@ -289,21 +297,22 @@ def parse(argv=None):
 def train_units(todo, units, base_digest, args):
     """Trains and publishes the units `todo`, one after the other. Returns one line for each that failed."""
     device = models.pick_device(args.device)
-    base = models.Base(args.base, device, models.use_bf16(args.precision, device), args.method)
-    if args.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()
+    base = models.Base(args.base, device, models.use_bf16(args.precision, device))
     failures = []
     stage.start(args, {unit.name: 1 for unit in units})
     for unit in todo:
         begin = time.monotonic()
-        base.reset()
-        unit.load(base, args)
+        base.reset(args.method)
+        for part in unit.parts:
+            part.encode(base)
         try:
             curve = finetune(base, unit, args)
         except FloatingPointError as error:
             failures.append(f"finetune.py: error: {error}")
             continue
+        finally:
+            for part in unit.parts:
+                part.mean = part.std = None
         with files.replacing(args.out / unit.name) as out:
             models.save_weights(out, base, args.method, args.save_dtype, args.train_text_encoder)
             files.write_csv(out / "loss.csv", curve)

@@ -19,7 +19,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-from common import classifiers, files, imagefolder, models, stage
+from common import classifiers, files, imagefolder, models, pixels, stage
 from common.classifiers import Images, features_of, predict
 from common.files import InputError
 
@@ -149,15 +149,16 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
         rng = torch.Generator().manual_seed(stage.seed_of(seed, phase, epoch))
         torch.manual_seed(stage.seed_of(seed, phase, epoch, "crops"))
         batches = images.batches(phase.drawn, args.batch, rng, args.jtt_upsampling)
-        for batch in batches:
+        seen = (features[batch] for batch in batches) if last_layer else classifiers.on_device(images.pixels, batches, device)
+        for batch, shown in zip(batches, seen):
             if last_layer:
-                logits, embedded = model.last_layer(features[batch]), None
+                logits, embedded = model.last_layer(shown), None
             else:
-                pixels = images.pixels[batch]
-                pixels = classifiers.random_crops(pixels, args.resolution) if args.augment == "crop-flip" else pixels
-                found = model.backbone(classifiers.to_input(pixels, device, args.resolution))
-                logits = model.last_layer(found)
-                embedded = torch.nn.functional.normalize(model.projection(found), dim=1)
+                view = classifiers.random_crops if args.augment == "crop-flip" else classifiers.to_input
+                with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+                    found = model.backbone(view(shown, args.resolution))
+                logits = model.last_layer(found.float())
+                embedded = torch.nn.functional.normalize(model.projection(found.float()), dim=1)
             loss = loss_of(logits, embedded, images.y[batch].to(device), images.group[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -186,7 +187,8 @@ def train(phases, images, val, groups, classes, device, args, seed, log):
     for phase in phases:
         if phase is phases[0] or phase.drawn == "errors upsampled":  # JTT's second model is a new one
             torch.manual_seed(stage.seed_of(seed))  # a seed's initial weights are the same for every recipe
-            model = classifiers.new_classifier(args.arch, args.weights, classes).to(device, memory_format=torch.channels_last)
+            model = classifiers.new_classifier(args.arch, args.weights, classes, models.use_bf16(args.precision, device))
+            model.to(device, memory_format=torch.channels_last)
         if phase.images == "val":
             best = getattr(classifiers, phase.loss)(model, val, history, args, seed)
         else:
@@ -218,19 +220,19 @@ def main(argv=None):
     if args.synthetic:
         digests["synthetic"] = imagefolder.digest(args.synthetic, synthetic)
     key = files.digest(stage.settings_of(args, "seeds"), digests, files.model_digest(args.weights),
-                       stage.code_digest(__file__, classifiers.__file__, imagefolder.load_image, stage.seed_of))
+                       stage.code_digest(__file__, classifiers.__file__, pixels.Pixels, imagefolder.load_image, stage.seed_of))
     shard, shards = args.shard
     stage.claim(args, [f"seed{seed}" for seed in args.seeds[shard::shards]])
     todo = [seed for seed in args.seeds[shard::shards] if not stage.is_published(args.out / f"seed{seed}", key)]
     if todo:
         device = models.pick_device(args.device)
-        images = {"real": (real := Images(args.data, rows["train"], args.load_size, groups))}
+        images = {"real": (real := Images(args.data, rows["train"], args.load_size, groups, args.cache))}
         if synthetic:
-            images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups)
+            images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups, args.cache)
         images |= {name: real.joined(drawn, name == "filled") for name in {phase.images for phase in phases}
                    & {"mixed", "filled"}}
-        val, test = (Images(args.data, rows[split], args.load_size, groups) for split in ("val", "test"))
-        classifiers.new_classifier(args.arch, args.weights, classes)  # raises if --weights cannot be loaded
+        val, test = (Images(args.data, rows[split], args.load_size, groups, args.cache) for split in ("val", "test"))
+        classifiers.check_network(args, classes)
         stage.start(args, {f"seed{seed}": 1 for seed in args.seeds})
     failures = []
     for seed in todo:
@@ -258,9 +260,10 @@ def parse(argv=None):
     parser.add_argument("--synthetic", type=Path, help="synthetic images: output folder of generate.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the seeds to")
     parser.add_argument("--seeds", type=stage.number(int, 0), nargs="+", default=[0, 1, 2], help="one classifier each")
-    parser.add_argument("--arch", choices=("cnn", "resnet18", "resnet50"), default="cnn", help="cnn: for 32 pixels")
-    parser.add_argument("--weights", default="none", help="initial weights of a resnet: imagenet, none, or a "
-                        ".safetensors file")
+    parser.add_argument("--arch", default="cnn", help="cnn, for 32 pixels, or a network of torchvision (resnet50, "
+                        "convnext_tiny, vit_b_16, ...) or timm")
+    parser.add_argument("--weights", default="none", help="initial weights: imagenet, none, or a .safetensors "
+                        "file")
     parser.add_argument("--resolution", type=count, default=32, help="pixels per side that the classifier sees")
     parser.add_argument("--load-size", type=count, help="pixels per side that images are resized to; the classifier "
                         "sees their middle; default: the resolution")
@@ -281,7 +284,8 @@ def parse(argv=None):
                         "errors per epoch")
     parser.add_argument("--self-points", type=count, nargs="+", default=[20, 100, 500], help="numbers of val images that "
                         "SELF's last layer is tuned on; the best on the rest of val is kept (its authors')")
-    models.add_device_flags(parser, precision=False)
+    pixels.add_flag(parser)
+    models.add_device_flags(parser)
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: train every n-th seed, from the i-th on")
     args = parser.parse_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))

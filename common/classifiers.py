@@ -4,6 +4,7 @@ import copy
 import itertools
 
 from common import imagefolder, stage
+from common.pixels import Pixels, ahead
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -12,14 +13,26 @@ torch = stage.lazy("torch")
 # ----------------------------------------------------------------------------------------------- the network
 
 
-def new_classifier(arch, weights, classes):
+def new_classifier(arch, weights, classes, bf16=False):
     """A torch module with three parts: backbone (images -> features), last_layer (features -> logits), and projection,
-    the head that the contrastive loss sees (Khosla et al. 2020, section 3.1)."""
+    the head that the contrastive loss sees (Khosla et al. 2020, section 3.1). bf16: the backbone computes in bfloat16."""
     model = torch.nn.Module()
-    model.backbone, width = cnn() if arch == "cnn" else resnet(arch, weights)
+    model.bf16 = bf16
+    model.backbone, width = cnn() if arch == "cnn" else pretrained(arch, weights)
     model.last_layer = torch.nn.Linear(width, classes)
     model.projection = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 64))
     return model
+
+
+def check_network(args, classes):
+    """Raises InputError if the network or its weights cannot be loaded, or if it does not take images of --resolution."""
+    model = new_classifier(args.arch, args.weights, classes).eval()
+    try:
+        with torch.no_grad():
+            model.last_layer(model.backbone(torch.zeros(1, 3, args.resolution, args.resolution)))
+    except Exception as error:  # each network has its own way of refusing
+        raise InputError(f"--arch {args.arch}", f"does not take images of {args.resolution} pixels: "
+                         f"{str(error).splitlines()[0]}", "try --resolution 224") from None
 
 
 def cnn():
@@ -32,36 +45,51 @@ def cnn():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-def resnet(arch, weights):
-    """torchvision's ResNet without its last layer; weights: imagenet, none, or a .safetensors file."""
+def pretrained(arch, weights):
+    """A network of torchvision (or timm) without its last layer; weights: imagenet, none, or a .safetensors file.
+
+    Returns (module, width of its features). Raises InputError if there is no such network, or if the weights do not fit.
+    """
     import torchvision  # takes seconds to import
     from safetensors.torch import load_file
 
     try:
-        network = getattr(torchvision.models, arch)(weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        if arch in torchvision.models.list_models(torchvision.models):
+            network = torchvision.models.get_model(arch, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        else:
+            import timm  # its users have installed it
+
+            network = timm.create_model(arch, pretrained=weights == "imagenet")
+    except ImportError:
+        raise InputError(f"--arch {arch}", "is not in torchvision.models", "for a model of timm, pip install timm") from None
+    except Exception as error:  # URLError, RuntimeError, ValueError, ...
+        raise InputError(f"--arch {arch}", f"cannot be loaded with weights {weights}: {str(error).splitlines()[0]}",
+                         "give --weights none, or a .safetensors file") from None
+    try:
         if weights.endswith(".safetensors"):
             network.load_state_dict(load_file(weights))
-    except Exception as error:  # URLError, OSError, SafetensorError, RuntimeError for wrong shapes
+    except Exception as error:  # OSError, SafetensorError, RuntimeError for wrong shapes
         raise InputError(f"--weights {weights}", f"cannot be loaded: {str(error).splitlines()[0]}",
-                         f"give a .safetensors file with a state dict of torchvision's {arch}") from None
-    width, network.fc = network.fc.in_features, torch.nn.Identity()
+                         f"give a .safetensors file with a state dict of {arch}") from None
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
+    if not layers or getattr(network, "aux_logits", False):
+        raise InputError(f"--arch {arch}", "has no linear last layer, or several outputs", "use another network")
+    name, last = layers[-1]
+    network.set_submodule(name, torch.nn.Identity())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, in [0, 1]
     normalize = torchvision.transforms.v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())
-    return torch.nn.Sequential(normalize, network), width
+    return torch.nn.Sequential(normalize, network), last.in_features
 
 
 # ------------------------------------------------------------------------------------------------ the images
 
 
 class Images:
-    """The images of some rows in memory: pixels (N, 3, S, S) uint8, y (N,), group (N,) an index into `groups`."""
+    """The images of some rows: pixels (see Pixels), y (N,), group (N,) an index into `groups`."""
 
-    def __init__(self, data, rows, size, groups):
+    def __init__(self, data, rows, size, groups, cache=True):
         self.rows, self.errors = rows, None
-        self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-        for pixels, row in zip(self.pixels, imagefolder.progress(rows, f"read {data}", "image")):
-            image = np.asarray(imagefolder.load_image(data / row["file_name"], size))
-            pixels.copy_(torch.from_numpy(image.copy()).permute(2, 0, 1))
+        self.pixels = Pixels(data, rows, size, cache)
         self.y = torch.tensor([row["y"] for row in rows])
         self.group = torch.tensor([groups.index(imagefolder.group_of(row)) for row in rows])
 
@@ -75,8 +103,8 @@ class Images:
             members = (other.group == group).nonzero()[:, 0]
             taken.append(members[:sizes.max() - sizes[group]] if filled else members)
         taken, both = torch.cat(taken), copy.copy(self)
-        both.rows = self.rows + [other.rows[i] for i in taken]
-        for name in ("pixels", "y", "group"):
+        both.rows, both.pixels = self.rows + [other.rows[i] for i in taken], self.pixels.joined(other.pixels, taken)
+        for name in ("y", "group"):
             setattr(both, name, torch.cat([getattr(self, name), getattr(other, name)[taken]]))
         return both
 
@@ -105,20 +133,37 @@ def equally_often(labels, rng):
     return torch.multinomial((1 / labels.bincount().double())[labels], len(labels), replacement=True, generator=rng)
 
 
-def random_crops(pixels, size):
-    """A random crop and flip of each image, as in the code of Group-DRO and DFR."""
-    from torchvision.transforms import v2  # takes seconds to import
+def on_device(pixels, batches, device):
+    """The images of each batch of indices, (B, 3, S, S) uint8 on the device; a GPU does not wait for the next batch."""
+    if device.type == "cuda":
+        yield from (found.to(device, non_blocking=True) for found in ahead(lambda batch: pixels[batch].pin_memory(), batches))
+    else:
+        yield from (pixels[batch].to(device) for batch in batches)
 
-    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1), ratio=(3 / 4, 4 / 3), antialias=True),
-                       v2.RandomHorizontalFlip()])
-    return torch.stack([crop(image) for image in pixels])
 
-
-def to_input(pixels, device, size):
-    """uint8 pixels -> float in [-1, 1], the middle `size` pixels of each side."""
+def to_input(pixels, size):
+    """uint8 pixels (B, 3, S, S) -> float in [-1, 1], the middle `size` pixels of each side."""
     start = round((pixels.shape[-1] - size) / 2)
     pixels = pixels[..., start:start + size, start:start + size]
-    return pixels.to(device, torch.float, memory_format=torch.channels_last) / 127.5 - 1
+    return pixels.to(torch.float, memory_format=torch.channels_last) / 127.5 - 1
+
+
+def random_crops(pixels, size):
+    """uint8 pixels (B, 3, S, S) -> float in [-1, 1] (B, 3, size, size): of each image a random crop, or its mirror image.
+
+    Crops of 70 to 100 % of the area, as in the code of Group-DRO and DFR; all of a batch are resized at once, bilinearly.
+    """
+    from torchvision.transforms import v2  # takes seconds to import
+
+    side, boxes = pixels.shape[-1], torch.empty(len(pixels), 2, 3)
+    for box in boxes:  # where in the image, from -1 to 1, a pixel of the crop, from -1 to 1, comes from
+        top, left, height, width = v2.RandomResizedCrop.get_params(pixels[0], scale=(0.7, 1), ratio=(3 / 4, 4 / 3))
+        mirror = 1 - 2 * int(torch.rand(()) < 0.5)
+        box.copy_(torch.tensor([[mirror * width / side, 0, (2 * left + width) / side - 1],
+                                [0, height / side, (2 * top + height) / side - 1]]))
+    grid = torch.nn.functional.affine_grid(boxes.to(pixels.device), (len(pixels), 3, size, size), align_corners=False)
+    crops = torch.nn.functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    return crops.contiguous(memory_format=torch.channels_last) / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------- the predictions
@@ -128,8 +173,9 @@ def features_of(model, images, size):
     """The features that the last layer sees, (N, D); size: pixels per side that the model sees."""
     model.eval()
     device = next(model.parameters()).device
-    with torch.no_grad():
-        return torch.cat([model.backbone(to_input(part, device, size)) for part in images.pixels.split(256)])
+    batches = torch.arange(len(images.y)).split(256)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+        return torch.cat([model.backbone(to_input(part, size)) for part in on_device(images.pixels, batches, device)]).float()
 
 
 def predict(model, images, size):

@@ -236,19 +236,6 @@ def load_image(path, size):
         raise InputError(path, f"cannot be read as an image: {error}", "replace or remove it") from None
 
 
-def check_images(folder, rows):
-    """Decodes the images of some rows. Raises InputError with the number of broken ones and the first one's fault."""
-    broken = []
-    for row in progress(rows, f"check {folder}", "image"):
-        try:
-            load_image(Path(folder) / row["file_name"], 8)
-        except InputError as error:
-            broken.append(str(error))
-    if broken:
-        raise InputError(folder, f"{len(broken)} of {len(rows)} images are broken, the first is {broken[0]}",
-                         "replace or remove them")
-
-
 def digest(folder, rows):
     """A digest of rows of metadata and of the bytes of their images."""
     return files.digest(rows, files.file_digests(folder, [row["file_name"] for row in rows]))

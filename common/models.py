@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import files, imagefolder, stage
 from common.files import InputError
+from common.pixels import Pixels, ahead
 
 np = stage.lazy("numpy")
 torch = stage.lazy("torch")
@@ -127,51 +128,61 @@ def token_ids(tokenizer, prompts):
 class Base:
     """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule, all in fp32.
 
-    method: what is trained. A copy of the weights, to begin each unit from, is kept for dreambooth only.
+    On a GPU the VAE and the text encoder are there only while they are needed.
     """
 
-    def __init__(self, name, device, bf16, method):
+    def __init__(self, name, device, bf16):
         from diffusers import DDPMScheduler
 
+        self.name, self.device, self.bf16, self.as_loaded = name, device, bf16, True
         pipe = load_pipeline(name, torch.float32)
-        self.device, self.bf16, self.tokenizer = device, bf16, pipe.tokenizer
-        self.text_encoder = pipe.text_encoder.to(device).requires_grad_(False)
-        self.vae = pipe.vae.to(device).requires_grad_(False)
-        self.unet = pipe.unet.to(device)
+        self.tokenizer, self.text_encoder, self.vae, self.unet = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._weights = {part: {key: value.cpu().clone() for key, value in part.state_dict().items()}
-                         for part in ((self.unet, self.text_encoder) if method == "dreambooth" else ())}
         self._embeds = {}
+        for part in (self.text_encoder, self.vae, self.unet):
+            part.requires_grad_(False)
+        self.unet.to(device)
 
-    def reset(self):
-        """Restores the base's own weights."""
+    def reset(self, method):
+        """Restores the base's own weights, before training another unit. They are read again where all have been trained."""
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
-        for part, weights in self._weights.items():
-            part.load_state_dict(weights)
-            part.requires_grad_(False)
+        elif method == "dreambooth" and not self.as_loaded:
+            self.unet = None  # makes room
+            self.__init__(self.name, self.device, self.bf16)
         self._embeds.clear()
+        self.as_loaded = False
 
-    def moments(self, images):
-        """PIL images -> mean and std of their latents, each (B, 4, h, w) on the CPU, scaled for the UNet."""
+    def encode(self, paths):
+        """Mean and std of the latents of images, each (N, 4, h, w) on the CPU, scaled for the UNet."""
         from torchvision.transforms.functional import pil_to_tensor
 
-        pixels = torch.stack([pil_to_tensor(image) for image in images]).to(self.device) / 127.5 - 1
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels).latent_dist
-        scale = self.vae.config.scaling_factor
-        return (posterior.mean * scale).cpu(), (posterior.std * scale).cpu()
+        def read(paths):
+            return torch.stack([pil_to_tensor(imagefolder.load_image(path, self.size)) for path in paths])
+
+        batch, moments = min(16, max(1, 16 * 64**2 // self.size**2)), []  # encoding 16 images of 512 pixels takes 10 GB
+        self.vae.to(self.device)
+        for pixels in ahead(read, [paths[i:i + batch] for i in range(0, len(paths), batch)]):
+            with torch.no_grad():
+                posterior = self.vae.encode(pixels.to(self.device) / 127.5 - 1).latent_dist
+            moments.append([(part * self.vae.config.scaling_factor).cpu() for part in (posterior.mean, posterior.std)])
+        self.vae.to("cpu")
+        return [torch.cat(part) for part in zip(*moments)]
 
     def prompt_embeds(self, prompts):
         """(len(prompts), tokens, D); computed once per prompt unless the text encoder is being trained."""
         training = any(weight.requires_grad for weight in self.text_encoder.parameters())
         embeds = {} if training else self._embeds
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in embeds:
-                tokens = token_ids(self.tokenizer, [prompt]).to(self.device)
-                with torch.set_grad_enabled(training):
-                    embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
+        if missing:
+            self.text_encoder.to(self.device)
+        for prompt in missing:
+            tokens = token_ids(self.tokenizer, [prompt]).to(self.device)
+            with torch.set_grad_enabled(training):
+                embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
+        if missing and not training:
+            self.text_encoder.to("cpu")
         return torch.stack([embeds[prompt] for prompt in prompts])
 
 
@@ -336,11 +347,11 @@ def _unit_length(embeddings):
     return torch.nn.functional.normalize(embeddings.float(), dim=1).cpu()
 
 
-def embed_images(encoder, folder, rows, batch):
-    """Embeddings of the images of some rows of metadata, (N, D) float32 array."""
-    chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
-    return torch.cat([encoder.images([imagefolder.load_image(folder / row["file_name"], encoder.size) for row in chunk])
-                      for chunk in imagefolder.progress(chunks, "embed", "batch")]).numpy()
+def embed_images(encoder, folder, rows, batch, cache):
+    """Embeddings of the images of some rows of metadata, (N, D) float32 array. cache: see common/pixels.py."""
+    pixels = Pixels(folder, rows, encoder.size, cache)
+    batches = imagefolder.progress(torch.arange(len(rows)).split(batch), f"embed {folder}", "batch")
+    return torch.cat([encoder.images(list(images)) for images in ahead(pixels.__getitem__, batches)]).numpy()
 
 
 def save_embeddings(folder, rows, embeddings):

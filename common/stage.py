@@ -236,7 +236,7 @@ def code_digest(*parts):
 
 def settings_of(args, *but):
     """The arguments that a result depends on: all but paths, the named ones, and how the work is done."""
-    return {name: value for name, value in vars(args).items() if name not in (*but, "shard", "device")
+    return {name: value for name, value in vars(args).items() if name not in (*but, "shard", "device", "cache")
             and not isinstance(value, Path)}
 
 
@@ -306,6 +306,10 @@ def remove_other_units(out, names):
 
 
 def spent(begin):
-    """What a process used since `begin`, of time.monotonic(): seconds, and its peak memory so far in MB."""
-    return {"seconds": round(time.monotonic() - begin, 1),
+    """What a process used since `begin`, of time.monotonic(): seconds, and its peak memory so far in MB, also on a GPU."""
+    import torch
+
+    used = {"seconds": round(time.monotonic() - begin, 1),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    gpu = torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_initialized() else 0
+    return used | ({"peak_gpu_mb": gpu} if gpu else {})

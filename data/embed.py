@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
-from common import files, imagefolder, models, stage
+from common import files, imagefolder, models, pixels, stage
 
 
 def main(argv=None):
@@ -25,7 +25,7 @@ def main(argv=None):
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
     encoder = (models.Encoder if args.encoder else models.Clip)(args.encoder or args.clip, models.pick_device(args.device))
-    embeddings = models.embed_images(encoder, args.data, rows, args.batch)
+    embeddings = models.embed_images(encoder, args.data, rows, args.batch, args.cache)
     with files.replacing(args.out) as out:
         out.mkdir()
         models.save_embeddings(out, rows, embeddings)
@@ -40,6 +40,7 @@ def parse(argv=None):
     parser.add_argument("--encoder", help="folder or hub id of another image encoder, such as facebook/dinov2-base, to cluster "
                         "with; generate.py and evaluation/images.py need CLIP's embeddings")
     parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
+    pixels.add_flag(parser)
     models.add_device_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)

@@ -29,7 +29,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
-from common import files, imagefolder, stage
+from common import files, imagefolder, pixels, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -374,7 +374,7 @@ def main(argv=None):
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
     if downloaded:
-        imagefolder.check_images(root, rows)
+        pixels.check(root, rows)
     for row in rows:
         row["file_name"] = f"images/{row['file_name']}"
     with files.replacing(args.out) as out:

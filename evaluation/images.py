@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
-from common import files, imagefolder, models, stage
+from common import files, imagefolder, models, pixels, stage
 from common.files import InputError
 from evaluation import figures
 
@@ -305,7 +305,7 @@ def main(argv=None):
     with files.replacing(args.out) as out:
         out.mkdir()
         for source, rows in sets.items():
-            embeddings = models.embed_images(clip, source, rows, args.batch)
+            embeddings = models.embed_images(clip, source, rows, args.batch, args.cache)
             counts = files.read_json(source / "config.json").get("counts", {})
             mine = group_rows(source.name, rows, embeddings, real, counts, titles)
             groups += mine
@@ -332,6 +332,7 @@ def parse(argv=None):
     parser.add_argument("--embeddings", type=Path, required=True, help="of DATA's images: output folder of data/embed.py")
     parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that made them")
     parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
+    pixels.add_flag(parser)
     models.add_device_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)

@@ -76,7 +76,7 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
 def new_house(path):
     """A copy of the repository as one clones it, with what is installed."""
     shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*",
-                                                              "__pycache__"))
+                                                              "__pycache__", ".decoded"))
     (path / ".venv").symlink_to(ROOT / ".venv")
     return path
 
@@ -99,7 +99,7 @@ def make(house, *args, fails=None):
 def files_of(path, but=("config.json",)):
     """{relative path: bytes} of a folder's files, except those that record how they were made."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*"))
-            if file.is_file() and file.name not in but and not file.name.endswith(".lock")}
+            if file.is_file() and file.name not in but and not file.name.endswith(".lock") and ".decoded" not in file.parts}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -279,7 +279,7 @@ ODD = {
 STAGES = {
     "cluster": "cluster.py --data {data} --embeddings {embeddings} --out {out}",
     "embed": "data/embed.py --data {data} --clip {clip} --out {out}",
-    "finetune": "finetune.py --method lora --base {base} --steps 1 --data {data} --out {out}",
+    "finetune": "finetune.py --method lora --base {base} --steps 1 --batch 24 --data {data} --out {out}",
     "classifier": "train_classifier.py --recipe erm --epochs 1 --seeds 0 --data {data} --out {out}",
     "images": "evaluation/images.py --data {copy} --embeddings {embeddings} --synthetic {data} --clip {clip} --out {out}",
     "folder": "data/prepare.py folder --root {data} --out {out}",

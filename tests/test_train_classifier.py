@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from common import files, imagefolder, stage
 from common.classifiers import Images, deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
+from common.pixels import Pixels
 from train_classifier import RECIPES, Losses, group_labels, supervised_contrastive, takes_synthetic
 
 QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
@@ -87,7 +88,9 @@ def test_a_group_without_training_images_has_no_weight_in_group_dro():
 def sized_images(groups):
     images = Images.__new__(Images)
     images.rows, images.group = [f"{groups[0]}:{i}" for i in range(len(groups))], torch.tensor(groups)
-    images.y, images.pixels = images.group.clone(), torch.arange(len(groups))
+    images.y, images.pixels = images.group.clone(), object.__new__(Pixels)
+    images.pixels.size, images.pixels.sources = 1, [np.tile(np.arange(len(groups))[:, None, None, None], 3)]
+    images.pixels.part, images.pixels.slots = torch.zeros(len(groups)), torch.arange(len(groups))
     return images
 
 
@@ -95,7 +98,7 @@ def test_rare_groups_are_filled_with_synthetic_images_to_the_size_of_the_largest
     real, synthetic = sized_images([0, 0, 0, 0, 1]), sized_images([0, 0, 1, 1, 1, 1, 2, 2])
     filled, mixed = real.joined(synthetic, filled=True), real.joined(synthetic, filled=False)
     assert filled.group.bincount().tolist() == [4, 4, 2] and mixed.group.bincount().tolist() == [6, 5, 2]
-    assert filled.pixels[5:].tolist() == [2, 3, 4, 6, 7] and len(filled.rows) == len(filled.y) == 10
+    assert filled.pixels[torch.arange(5, 10)][:, 0, 0, 0].tolist() == [2, 3, 4, 6, 7] and len(filled.rows) == len(filled.y) == 10
     assert len(real) == 5
 
 
@@ -128,6 +131,7 @@ def test_deep_feature_reweighting_drops_the_feature_that_only_the_training_set_r
     features = torch.cat([F.one_hot(y, classes), F.one_hot(a, classes)], 1).float()
     features += torch.randn(features.shape, generator=rng) / 4
     model = torch.nn.Module()
+    model.bf16 = False
     model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(2 * classes, classes)
     val = SimpleNamespace(pixels=(features[:, :, None, None] + 1) * 127.5, y=y, group=y * classes + a)
     assert deep_feature_reweighting(model, val, None, SimpleNamespace(resolution=1), 0) > 0.9
@@ -146,6 +150,7 @@ def test_deep_feature_reweighting_gives_the_layer_of_spuco(seed, weight, bias):
     y, a = np.repeat([0, 0, 1, 1], 60), np.tile(np.repeat([0, 1], 60), 2)
     features = np.stack([y + rng.normal(0, 0.35, 240), a + rng.normal(0, 0.35, 240), rng.normal(size=240)], 1)
     scaler, model = StandardScaler().fit(features), torch.nn.Module()
+    model.bf16 = False
     model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(3, 2)
     pixels = (torch.tensor(features, dtype=torch.float32)[:, :, None, None] + 1) * 127.5
     val = SimpleNamespace(pixels=pixels, y=torch.tensor(y), group=torch.tensor(2 * y + a))
@@ -210,6 +215,7 @@ def test_self_disagreement_is_the_kl_divergence_of_the_early_from_the_final_mode
 def test_self_reads_no_group_label_of_the_half_of_val_that_it_trains_on():
     y, features, early, final = self_inputs(2)
     model, weights = torch.nn.Module(), []
+    model.bf16 = False
     half = np.random.default_rng(stage.seed_of(0, "self")).permutation(200)[:100]
     for groups in (y, y.clone().index_fill(0, torch.from_numpy(half), 3)):
         model.backbone, model.last_layer = torch.nn.Flatten(), final
