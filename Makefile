@@ -1,5 +1,4 @@
-# Clustered DreamBooth: from biased images to a fair classifier.
-# `make` runs the experiment, `make help` lists targets and settings, `make -n` shows what would run.
+# Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings, `make -n` shows what would run.
 # ---- settings: the command line wins over data/<dataset>.mk, which wins over these -----------------------------
 DATASET      ?= digits
 -include data/$(DATASET).mk
@@ -18,13 +17,13 @@ IMAGES       ?= 250
 EPOCHS       ?= 30
 SHARDS       ?= 1
 KEEP_WEIGHTS ?= yes
+CACHE        ?= yes
 PYTHON       ?= python3
-# Further flags of a stage, as its --help lists them: PREPARE PRETRAIN CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL
-# EMBED GENERATE CLASSIFIER. LAUNCH stands before every command, for example LAUNCH="srun --gpus=1".
+# Further flags of a stage: PREPARE PRETRAIN EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER.
 # Validated and normalised (BIAS=.950 becomes 0.95) before anything runs. STALE: folders whose files or inputs changed.
 quoted   = '$(subst ','\'',$1)'
 SETTLED := $(shell $(PYTHON) common/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s,DATASET BIAS BIASES \
-  RECIPES SEEDS MODEL_SEEDS SHARDS KEEP_WEIGHTS MAKECMDGOALS,$(call quoted,$s=$($s))))
+  RECIPES SEEDS MODEL_SEEDS SHARDS KEEP_WEIGHTS CACHE MAKECMDGOALS,$(call quoted,$s=$($s))))
 $(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),$(PYTHON) common/make.py failed)))
 $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
 
@@ -45,17 +44,18 @@ DATA     = data/$(DATASET)-$(BIAS)
 RUN      = $(call run_of,$(firstword $(MODEL_SEEDS)))
 run_of   = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$1))
 SEED     = --seed $(firstword $(MODEL_SEEDS))
+CACHED   = $(if $(filter no,$(CACHE)),--no-cache)
 EMBEDDED = runs/$(DATASET)-$(BIAS)/embeddings
 prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
-embed    = data/embed.py --data $(DATA) --clip "$(CLIP)" $(EMBED)
+embed    = data/embed.py --data $(DATA) --clip "$(CLIP)" $(CACHED) $(EMBED)
 cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) $(SEED) $(CLUSTER) $($1.cluster)
 finetune = finetune.py --base "$(BASE)" $(SEED) $($1.finetune)
 generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embeddings $(EMBEDDED) --images $(IMAGES) $(SEED) \
   $(GENERATE) $($1.generate) \
   $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
-classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CLASSIFIER) \
+classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CACHED) $(CLASSIFIER) \
   --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
-measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
+measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))

@@ -97,8 +97,9 @@ def settle(values, overrides=""):
             raise Wrong(f"{name}={values[name]}: give integers, for example {name}=\"0 1 2\"")
     if not re.fullmatch(r"[1-9]\d*", values["SHARDS"]):
         raise Wrong(f"SHARDS={values['SHARDS']}: give a positive integer")
-    if values["KEEP_WEIGHTS"] not in ("yes", "no"):
-        raise Wrong(f"KEEP_WEIGHTS={values['KEEP_WEIGHTS']}: use yes or no")
+    for name in ("KEEP_WEIGHTS", "CACHE"):
+        if values[name] not in ("yes", "no"):
+            raise Wrong(f"{name}={values[name]}: use yes or no")
     recipes, methods, variants = known_recipes()
     trained, drawn = (kind + [name for name, what in variants if (what == "recipe") == (kind is recipes)]
                       for kind in (recipes, methods))

@@ -1,8 +1,8 @@
 """Decoded images: each is decoded once per size, and read from a file by every stage after that.
 
-The file stands beside the folder of the images, in .decoded/<size>/, so that datasets that differ in bias share it. It holds
-an image after the other, size x size x 3 bytes each, and a line in `index` for each: the digest of the image's file. It can
-be removed at any time.
+The file stands beside the folder of the images, in .decoded/<size>-<version>/, so that datasets that differ in bias share it.
+It holds one image after the other, size x size x 3 bytes each, and `index` a line for each: the digest of the image's file. It
+grows when images change; remove .decoded when no stage is running to begin anew.
 """
 
 import errno

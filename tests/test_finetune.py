@@ -4,12 +4,14 @@ import csv
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import LONG, files_of, make_dataset, run, start
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+import finetune
 from common import files, imagefolder, stage
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
@@ -188,3 +190,12 @@ def test_the_digest_of_code_ignores_comments_docstrings_and_help(tmp_path):
     first = digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 1\nparser.add("--x", help="a")\n')
     assert first == digest('"""C."""\n\ndef f(x):  # why\n    """D."""\n    return x + 1\nparser.add("--x", help="b")\n')
     assert first != digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 2\nparser.add("--x", help="a")\n')
+
+
+@pytest.mark.parametrize("balance, batch, steps", ((0, 2, 3), (0, 4, 20), (0.5, 2, 5)))
+def test_the_images_that_steps_draw_and_no_others_are_encoded(balance, batch, steps):
+    rows = [{"y": 0, "a": int(i > 20)} for i in range(24)]
+    images = finetune.Images(None, rows, [""] * 24, (0, "x"), SimpleNamespace(steps=steps, accumulation=2, batch=batch), balance)
+    assert set(images.drawn) == {i for step in range(2 * steps) for i in images.pick(step, batch)}
+    assert len(images.drawn) == 24 if steps == 20 else len(images.drawn) <= 2 * steps * batch < 24
+    assert all(row is rows[i] for i, row in images.drawn.items())

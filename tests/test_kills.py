@@ -3,6 +3,7 @@
 `make torture` does it at length, `make test` in short.
 """
 
+import contextlib
 import csv
 import itertools
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import LONG, ROOT, environment, files_of, new_house, run, slow
@@ -211,14 +213,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(stage, base, datas
 
 
 def measured(*args):
-    """Runs a script; (seconds, peak memory in MB)."""
-    begun = time.monotonic()
+    """Runs a script; (seconds, peak of its own memory in MB: without files that are mapped, which the kernel may drop)."""
+    begun, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, *map(str, (ROOT / args[0], *args[1:]))], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return time.monotonic() - begun, usage.ru_maxrss / 1024
+    while process.poll() is None:
+        with contextlib.suppress(OSError, StopIteration):
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max(peak, int(next(line for line in status if line.startswith("RssAnon")).split()[1]))
+        time.sleep(0.05)
+    assert process.returncode == 0, args
+    return time.monotonic() - begun, peak / 1024
 
 
 def soak(count, base, place):
@@ -228,10 +233,9 @@ def soak(count, base, place):
     rows = []
     for i in range(count):
         y, a = i % 2, (i // 2) % 20 == 0
-        if i < 64:
-            Image.new("RGB", (32, 32), (200 * y, 100 * a, i)).save(download / f"{i}.png")
-        else:
-            os.link(download / f"{i % 40}.png", download / f"{i}.png")
+        image = Image.new("RGB", (32, 32), (200 * y, 100 * a, i % 256))
+        image.paste((i // 256 % 256, i // 65536, 0), (0, 0, 16, 16))  # each is another one
+        image.save(download / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "y": y, "a": int(y ^ a)})
     files.write_csv(download / "metadata.csv", rows)
     data, out = place / "data", place / "run"
@@ -241,15 +245,16 @@ def soak(count, base, place):
                               out / "embeddings")
     spent["cluster"] = measured("cluster.py", "--data", data, "--embeddings", out / "embeddings", "--k", 2, "--out",
                                 out / "clusters")
-    drawing = ("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--steps", 1, "--batch", 1,
-               "--clip-threshold", 0, "--out", out / "synthetic", "--images")
+    drawing = ("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--embeddings", out / "embeddings",
+               "--steps", 1, "--batch", 1, "--out", out / "synthetic", "--images")
     measured(*drawing, 1)
     for unit in out.glob("synthetic/y*/"):  # as if all of them had been drawn
         with open(unit / "candidates.csv") as file:
             row = next(csv.DictReader(file))
-        for i in range(1, count // 4):
+        drawn = -(-count // 3)  # of which 75 % are kept
+        for i in range(2, drawn):
             os.link(unit / "00000.png", unit / f"{i:05}.png")
-        files.write_csv(unit / "candidates.csv", [dict(row, index=i) for i in range(count // 4)])
+        files.write_csv(unit / "candidates.csv", [dict(row, index=i, clip_score=i % 1000 / 1000) for i in range(drawn)])
         config = files.read_json(unit / "config.json")
         names = sorted(path.name for path in unit.iterdir() if path.name != "config.json")
         files.write_json(unit / "config.json", config | {"files": files.file_digests(unit, names)})
@@ -257,6 +262,10 @@ def soak(count, base, place):
     assert len(imagefolder.read_metadata(out / "synthetic")) == count // 4 * 4
     spent["classifier"] = measured("train_classifier.py", "--recipe", "filled", "--data", data, "--synthetic",
                                    out / "synthetic", "--epochs", 1, "--batch", 512, "--seeds", 0, "--out", out / "c")
+    spent["at 224"] = measured("train_classifier.py", "--recipe", "erm", "--data", data, "--epochs", 1, "--batch", 128,
+                               "--resolution", 224, "--seeds", 0, "--out", out / "large")
+    spent["images"] = measured("evaluation/images.py", "--data", data, "--embeddings", out / "embeddings", "--synthetic",
+                               out / "synthetic", "--clip", base / "clip", "--batch", 512, "--out", out / "images")
     return spent
 
 

@@ -321,7 +321,7 @@ def test_an_edited_comment_retrains_nothing(house):
     ("BIAS=95", "BIAS=95: give a number from 0 to 1"), ("BIAS=high", "BIAS=high: give a number from 0 to 1"),
     ("BIAS=0.9 0.99", 'BIAS=0.9 0.99: give one value (or run: make sweep BIAS="0.9 0.99")'),
     ("SEEDS=0 one", 'SEEDS=0 one: give integers, for example SEEDS="0 1 2"'), ("MODEL_SEEDS=-1", "MODEL_SEEDS=-1: give"),
-    ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("SHARDS=0", "SHARDS=0: give a positive integer"),
+    ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("CACHE=0", "CACHE=0: use yes or no"), ("SHARDS=0", "SHARDS=0: give a positive integer"),
     ("RECIPES=lora+clustered", "RECIPES: lora+clustered: combine one recipe and one method, as filled+lora"),
     ("RECIPES=", "RECIPES is empty"), ("BIAS=", "BIAS is empty"), ("BIAS=-0", "BIAS=-0: give a number"),
     ("PREPARE=--classes dog's wolf", "data/prepare.py: error: flags: No closing quotation (check the quotes in this setting)"),

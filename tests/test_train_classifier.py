@@ -330,3 +330,19 @@ def test_other_weights_under_the_same_name_are_trained_from_again(dataset, tmp_p
         save_file(torchvision.models.resnet18().state_dict(), tmp_path / "w.safetensors")
         assert "seed 0" in run(*args)
     assert "seed 0" not in run(*args)
+
+
+@pytest.mark.parametrize("more", (("--arch", "mobilenet_v3_small"), ("--arch", "convnext_tiny"),
+                                  ("--precision", "bf16")), ids=lambda more: more[1])
+def test_other_networks_and_precisions_train(dataset, tmp_path, more):
+    run("train_classifier.py", "--recipe", "erm", "--data", dataset, *QUICK, "--epochs", 1, *more, "--out", tmp_path / "o")
+    with open(tmp_path / "o" / "seed0" / "predictions.csv") as file:
+        assert all(abs(float(row["p0"]) + float(row["p1"]) - 1) < 2e-6 for row in csv.DictReader(file))
+
+
+@pytest.mark.parametrize("arch, message", (
+    ("resnet9000", "is not in torchvision.models"), ("squeezenet1_0", "has no linear last layer"),
+    ("inception_v3", "several outputs"), ("vit_b_16", "does not take images of 32 pixels")))
+def test_networks_that_cannot_be_used_are_refused_before_training(dataset, tmp_path, arch, message):
+    run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--arch", arch, "--out", tmp_path / "o", fails=message)
+    assert not (tmp_path / "o").exists()
