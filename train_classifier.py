@@ -295,8 +295,9 @@ def parse(argv=None):
                          "synthetic images", "generate.py writes such a folder")
     if args.load_size < args.resolution:
         raise InputError("--load-size", f"{args.load_size} is smaller than the resolution", "use at least the resolution")
+    classifiers.check_name(args.arch)
     if args.arch == "cnn" and args.weights != "none":
-        raise InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet18 or resnet50")
+        raise InputError("--weights", "the cnn has no pretrained weights", "use --arch resnet50, for example")
     return args
 
 

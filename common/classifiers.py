@@ -1,6 +1,7 @@
 """The classifier network, the images that it sees, and its predictions."""
 
 import copy
+import importlib.util
 import itertools
 
 from common import imagefolder, stage
@@ -35,6 +36,19 @@ def check_network(args, classes):
                          f"{str(error).splitlines()[0]}", "try --resolution 224") from None
 
 
+def check_name(arch):
+    """Raises InputError unless there is such a network."""
+    if arch in ("cnn", "resnet18", "resnet50"):
+        return  # at once: torchvision takes seconds to import
+    import torchvision
+
+    if arch not in torchvision.models.list_models(torchvision.models):
+        timm = importlib.util.find_spec("timm") and importlib.import_module("timm")
+        if not timm or not timm.is_model(arch):
+            raise InputError(f"--arch {arch}", "is neither cnn nor in torchvision.models",
+                             "for a network of timm, pip install timm")
+
+
 def cnn():
     """Four convolutions for images of 32 pixels; returns (module, width of its features)."""
     nn, layers, channels = torch.nn, [], 3
@@ -52,16 +66,13 @@ def pretrained(arch, weights):
     """
     import torchvision  # takes seconds to import
     from safetensors.torch import load_file
+    from torchvision.transforms import v2
 
     try:
         if arch in torchvision.models.list_models(torchvision.models):
             network = torchvision.models.get_model(arch, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
         else:
-            import timm  # its users have installed it
-
-            network = timm.create_model(arch, pretrained=weights == "imagenet")
-    except ImportError:
-        raise InputError(f"--arch {arch}", "is not in torchvision.models", "for a model of timm, pip install timm") from None
+            network = importlib.import_module("timm").create_model(arch, pretrained=weights == "imagenet")
     except Exception as error:  # URLError, RuntimeError, ValueError, ...
         raise InputError(f"--arch {arch}", f"cannot be loaded with weights {weights}: {str(error).splitlines()[0]}",
                          "give --weights none, or a .safetensors file") from None
@@ -77,7 +88,7 @@ def pretrained(arch, weights):
     name, last = layers[-1]
     network.set_submodule(name, torch.nn.Identity())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, in [0, 1]
-    normalize = torchvision.transforms.v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())
+    normalize = v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())
     return torch.nn.Sequential(normalize, network), last.in_features
 
 

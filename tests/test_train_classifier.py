@@ -341,7 +341,7 @@ def test_other_networks_and_precisions_train(dataset, tmp_path, more):
 
 
 @pytest.mark.parametrize("arch, message", (
-    ("resnet9000", "is not in torchvision.models"), ("squeezenet1_0", "has no linear last layer"),
+    ("resnet9000", "is neither cnn nor in torchvision.models"), ("squeezenet1_0", "has no linear last layer"),
     ("inception_v3", "several outputs"), ("vit_b_16", "does not take images of 32 pixels")))
 def test_networks_that_cannot_be_used_are_refused_before_training(dataset, tmp_path, arch, message):
     run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--arch", arch, "--out", tmp_path / "o", fails=message)
