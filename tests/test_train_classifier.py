@@ -1,12 +1,14 @@
 """train_classifier.py: the losses by hand, the stage by its files."""
 
 import csv
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, make_dataset, run, start
+from conftest import ROOT, files_of, make_dataset, run, start
 from torch.nn import functional as F
 
 from common import files, imagefolder, stage
@@ -277,6 +279,13 @@ def test_the_second_stage_moves_the_last_layer_alone(dataset, vanilla, tmp_path)
     run(*args, "--last-layer-rate", 1, "--out", tmp_path / "b")
     a, b = (load_file(tmp_path / name / "seed0" / "model.safetensors") for name in "ab")
     assert {name for name in a if not torch.equal(a[name], b[name])} == {"last_layer.weight", "last_layer.bias"}
+
+
+def test_a_resnet_needs_no_library_but_its_own():
+    """In a process of its own: others that this one has imported load parts of torchvision."""
+    code = "from common import classifiers; print(classifiers.new_classifier('resnet18', 'none', 2).last_layer)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "Linear(in_features=512, out_features=2, bias=True)\n", done.stderr
 
 
 def test_finished_seeds_are_kept_and_dropped_ones_go(dataset, tmp_path):
