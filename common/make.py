@@ -31,6 +31,7 @@ make -n        show what would run
 make test      install and run the tests
 make torture   long robustness tests: kills, full disks, bad input, 100,000 images
 make base      train the miniature base model again
+make bench     speed and memory beside what one would run instead: make bench BENCH="--peers ~/peers"
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
@@ -56,7 +57,7 @@ def settings(overrides, *values):
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
         goals = set(given["MAKECMDGOALS"].split())
-        checked = [] if goals and goals <= {"help", "clean", "test", "torture", "base"} else stale(
+        checked = [] if goals and goals <= {"help", "clean", "test", "torture", "base", "bench"} else stale(
             [f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
         for folder in checked:
             print(f"note: {folder}: its files or inputs were changed, it is made again", file=sys.stderr)

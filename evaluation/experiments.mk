@@ -73,3 +73,7 @@ ablations: $(ABLATIONS:%=$(RUN)/ablations/%/config.json) $(RUN)/ablations/synthe
 ablate:
 	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes RECIPES='$(sort $(foreach a,$(ABLATIONS),$($a.of)))' ablations
 	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"
+
+# `make bench` measures our scripts beside what one would run instead; BENCH holds its flags, such as --peers.
+bench: .venv/installed
+	$(PY) evaluation/bench.py $(BENCH) --out runs/bench

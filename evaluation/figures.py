@@ -4,12 +4,12 @@ from common import files, imagefolder
 from common.files import InputError
 
 
-def new_axes(height):
+def new_axes(height, panels=1):
     import matplotlib  # takes a second to import
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(7, height), layout="constrained")
+    return pyplot.subplots(1, panels, figsize=(7, height), layout="constrained")
 
 
 def worst_group_bars(path, table, found, metrics):
@@ -44,6 +44,24 @@ def accuracy_against_bias(path, values, biases):
     axes.set(xticks=range(len(biases)), xticklabels=biases, ylim=(0, 1), xlabel="bias of the training set",
              ylabel="worst-group accuracy (whisker: 95 % interval)")
     figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def cost_against_size(path, rows):
+    """Measured seconds and the least-squares line, a panel per script; rows: of bench.py's size.csv."""
+    titles = list(dict.fromkeys(row["what"] for row in rows))
+    figure, panels = new_axes(2.6, len(titles))
+    for axes, title in zip(panels, titles):
+        mine = [row for row in rows if row["what"] == title]
+        sizes, end = [row["size"] for row in mine], max(row["size"] for row in mine)
+        axes.plot(sizes, [float(row["seconds"]) for row in mine], "o", color="#dd8452", markersize=4, zorder=3)
+        start, slope = float(mine[0]["seconds_at_0"]), float(mine[0]["seconds_each"])
+        axes.plot([0, end], [start, start + slope * end], color="#4c72b0", linewidth=1)
+        axes.set(xlabel=title, xlim=0, ylim=(0, 1.1 * max(float(row["seconds"]) for row in mine)),
+                 title=f"{start:.1f} s {slope:+.3g} s each, R2 {float(mine[0]['r2']):.3f}")
+        axes.title.set_size(8)
+        axes.xaxis.label.set_size(8)
+    panels[0].set_ylabel("seconds")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

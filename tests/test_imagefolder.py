@@ -114,7 +114,7 @@ def test_flags_out_of_range_are_one_line_errors():
 
 @pytest.mark.parametrize("script", ("data/prepare.py", "data/embed.py", "base/pretrain.py", "cluster.py", "finetune.py",
                                     "generate.py", "train_classifier.py", "evaluate.py", "evaluation/images.py",
-                                    "evaluation/sweep.py", "evaluation/paper.py", "evaluation/report.py"))
+                                    "evaluation/sweep.py", "evaluation/paper.py", "evaluation/report.py", "evaluation/bench.py"))
 def test_help_explains_every_flag(script):
     text = run(script, "--help")
     flags = [line for line in text.splitlines() if line.startswith("  --")]
