@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import LONG, files_of, make_dataset, run, start
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torchvision.transforms.functional import pil_to_tensor
 
 import finetune
-from common import files, imagefolder, stage
+from common import files, imagefolder, models, stage
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
@@ -99,6 +100,20 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
     rows = imagefolder.read_metadata(tmp_path / "synthetic")
     assert set(imagefolder.group_counts(rows).values()) == {4}
     assert {row["unit"] for row in rows} == {f"y{y}-a{a}-c{c}" for y, c in modes for a in (0, 1)}
+
+
+def test_cached_latents_are_those_of_encoding_an_image_anew(base, dataset):
+    model = models.Base(base, torch.device("cpu"), False, "lora")
+    rows = imagefolder.read_metadata(dataset, "train")
+    images = finetune.Images(model, dataset, rows, ["a photo"] * len(rows), 0)
+    for pick in ([0], [5, 53, 17, 5]):
+        chosen = [imagefolder.load_image(dataset / rows[i]["file_name"], 32) for i in pick]
+        pixels = torch.stack([pil_to_tensor(image) for image in chosen]) / 127.5 - 1
+        with torch.no_grad():
+            posterior = model.vae.encode(pixels).latent_dist
+        anew = posterior.sample(torch.Generator().manual_seed(1)) * model.vae.config.scaling_factor
+        cached = images.latents(pick, torch.Generator().manual_seed(1))
+        assert torch.allclose(cached, anew, atol=1e-5) and anew.std() > 0.1
 
 
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):

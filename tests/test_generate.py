@@ -98,6 +98,15 @@ def test_more_images_keep_the_first_and_fewer_are_a_part(command, vanilla, tmp_p
     assert (tmp_path / "v" / "metadata.csv").read_bytes() == (vanilla / "metadata.csv").read_bytes()
 
 
+def test_images_of_a_batch_are_those_drawn_one_at_a_time(command, vanilla, tmp_path):
+    alone = list(command)
+    alone[alone.index("--batch") + 1] = 1
+    run(*alone, "--images", 5, "--out", tmp_path / "v")
+    for row in imagefolder.read_metadata(vanilla):
+        one, other = (np.asarray(Image.open(folder / row["file_name"]), int) for folder in (tmp_path / "v", vanilla))
+        assert abs(one - other).max() <= 1 and other.std() > 1
+
+
 @pytest.mark.parametrize("alpha", (0.5, 0.2, 1))
 def test_the_clip_score_is_that_of_the_paper(base, dataset, filtering, alpha, tmp_path):
     """Without a column class_text, the prompt of a class is the mean of its groups'."""

@@ -11,9 +11,12 @@ import torch
 from conftest import ROOT, files_of, make_dataset, run, start
 from torch.nn import functional as F
 
+import train_classifier
 from common import files, imagefolder, stage
-from common.classifiers import Images, deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
+from common.classifiers import (Images, deep_feature_reweighting, disagreeing, early_stop_disagreement, new_classifier,
+                                tuned)
 from common.pixels import Pixels
+from evaluation.bench_jobs import last_layer_through_network
 from train_classifier import RECIPES, Losses, group_labels, supervised_contrastive, takes_synthetic
 
 QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
@@ -279,6 +282,23 @@ def test_the_second_stage_moves_the_last_layer_alone(dataset, vanilla, tmp_path)
     run(*args, "--last-layer-rate", 1, "--out", tmp_path / "b")
     a, b = (load_file(tmp_path / name / "seed0" / "model.safetensors") for name in "ab")
     assert {name for name in a if not torch.equal(a[name], b[name])} == {"last_layer.weight", "last_layer.bias"}
+
+
+def test_cached_features_train_the_last_layer_as_the_frozen_network_does(dataset):
+    """In every epoch the same predictions, to float noise."""
+    rows = {split: imagefolder.read_metadata(dataset, split) for split in ("train", "val")}
+    groups = list(imagefolder.group_counts(rows["train"]))
+    images, val = (Images(dataset, part, 32, groups) for part in rows.values())
+    args = train_classifier.parse(["--recipe", "erm", "--data", str(dataset), "--out", "x", "--last-layer-epochs", "4",
+                                   "--batch", "16", "--last-layer-rate", "0.3"])
+    phase, losses, histories = RECIPES["two-stage"][1], Losses(images, len(groups), args), []
+    for trained in (train_classifier.train_phase, last_layer_through_network):
+        torch.manual_seed(0)
+        model = new_classifier("cnn", "none", 2)
+        found = trained(model, phase, images, val, losses, args, 0, log=[])
+        histories.append(torch.stack(found[1]))
+    cached, plain = histories
+    assert torch.allclose(cached, plain, atol=1e-5) and (plain[0] - plain[-1]).abs().max() > 0.01
 
 
 def test_a_resnet_needs_no_library_but_its_own():
