@@ -58,8 +58,8 @@ def photographs(folder, count, width, height):
 
 
 def random_embeddings(folder, count):
-    """A dataset of `count` links to one image in four groups, and random embeddings of 768 numbers: unit vectors around
-    8 centres per group, as wide as the centres are apart."""
+    """A dataset of `count` links to one image in four groups, and random embeddings: unit vectors of 768 numbers from
+    a mixture of 8 normal distributions per group, whose means are about 4 standard deviations from one another."""
     from PIL import Image
 
     folder, rng = Path(folder), np.random.default_rng(0)
@@ -71,7 +71,7 @@ def random_embeddings(folder, count):
     for row in rows:
         (folder / "data" / row["file_name"]).symlink_to(folder / "image.png")
     files.write_csv(folder / "data" / "metadata.csv", rows)
-    centres = rng.standard_normal((32, 768), dtype=np.float32)
+    centres = 0.1 * rng.standard_normal((32, 768), dtype=np.float32)
     found = rng.standard_normal((count, 768), dtype=np.float32)
     found += centres[np.arange(count) % 4 * 8 + rng.integers(0, 8, count)]
     found /= np.linalg.norm(found, axis=1, keepdims=True)

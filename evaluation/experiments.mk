@@ -74,6 +74,7 @@ ablate:
 	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes RECIPES='$(sort $(foreach a,$(ABLATIONS),$($a.of)))' ablations
 	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"
 
-# `make bench` measures our scripts beside what one would run instead; BENCH holds its flags, such as --peers.
+# `make bench` measures our scripts beside what one would run instead; BENCH holds its flags, such as --peers. With the `+`
+# each row is shown once it is measured, whatever --output-sync says.
 bench: .venv/installed
-	$(PY) evaluation/bench.py $(BENCH) --out runs/bench
+	+$(if $(dry),@: )$(PY) evaluation/bench.py $(BENCH) --out runs/bench
