@@ -244,7 +244,7 @@ def classifier(args, peer):
     later = [tuple(run._replace(seconds=run.report["epoch"]) for run in pair) for pair in found]
     first = [(own._replace(seconds=own.seconds + own.report["reading"]), theirs) for own, theirs in later]
     return [entry(args, "classifier", f"first {what}; ours decodes all images before it", "2 x", first),
-            entry(args, "classifier-later", f"later {what}; ours keeps the images in memory", "2 x", later)]
+            entry(args, "classifier-later", f"later {what}; ours reads the decoded images", "2 x", later)]
 
 
 def last_layer(args, peer):

@@ -39,19 +39,20 @@ def machine():
 
 
 def photographs(folder, count, width, height):
-    """A folder in the one format with `count` random JPEGs of that size, smooth with some noise; 50 are different."""
+    """A folder in the one format with `count` random JPEGs of that size, smooth with some noise, no two of them alike."""
     from PIL import Image
 
     folder, rng = Path(folder), np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
+    kinds = []
+    for _ in range(min(count, 50)):
+        smooth = Image.fromarray(rng.integers(0, 256, (8, 11, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+        noisy = np.asarray(smooth, float) + rng.normal(0, 8, (height, width, 3))
+        kinds.append(noisy.clip(0, 255).astype(np.uint8))
     for i in range(count):
-        path = folder / f"images/{i:06}.jpg"
-        if i < 50:
-            smooth = Image.fromarray(rng.integers(0, 256, (8, 11, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
-            noisy = np.asarray(smooth, float) + rng.normal(0, 8, (height, width, 3))
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        else:
-            os.link(folder / f"images/{i % 50:06}.jpg", path)
+        pixels = kinds[i % len(kinds)].copy()
+        pixels[:16, :16] = rng.integers(0, 256, 3)
+        Image.fromarray(pixels).save(folder / f"images/{i:06}.jpg", quality=90)
     files.write_csv(folder / "metadata.csv", [
         {"file_name": f"images/{i:06}.jpg", "split": "train", "y": i % 2, "a": i // 2 % 2, "cluster": 0,
          "text": f"a photo of kind {i % 2} in place {i // 2 % 2}"} for i in range(count)])
@@ -151,9 +152,9 @@ def flops_and_rate(base, data, batch):
     args = finetune.parse(["--method", "lora", "--base", base, "--data", data, "--batch", str(batch), "--out",
                            f"{data}-flops"])
     device = models.pick_device("auto")
-    model = models.Base(base, device, True, "lora")
+    model = models.Base(base, device, True)
     [unit] = finetune.units_of(imagefolder.read_metadata(data), [], args)
-    unit.load(model, args)
+    unit.images.encode(model)
     finetune.trainable_weights(model, args)
     model.prompt_embeds(unit.prompts)  # once per prompt, not at each step
     with FlopCounterMode(display=False) as counter:
@@ -173,7 +174,7 @@ def flops_and_rate(base, data, batch):
 
 
 def our_epoch(data, batch):
-    """Seconds in which train_classifier.py reads the images, and those of an epoch: ResNet-18, 224 of 256 pixels."""
+    """Seconds in which train_classifier.py decodes the images, and those of an epoch: ResNet-18, 224 of 256 pixels."""
     import train_classifier as ours
 
     args = ours.parse(["--recipe", "erm", "--data", data, "--arch", "resnet18", "--resolution", "224", "--load-size", "256",
@@ -254,7 +255,7 @@ def last_layer_through_network(model, phase, images, val, losses, args, seed, lo
         rng = torch.Generator().manual_seed(stage.seed_of(seed, phase, epoch))
         for batch in images.batches(phase.drawn, args.batch, rng):
             with torch.no_grad():
-                features = model.backbone(classifiers.to_input(images.pixels[batch], "cpu", args.resolution))
+                features = model.backbone(classifiers.to_input(images.pixels[batch], args.resolution))
             loss = getattr(losses, phase.loss)(model.last_layer(features), None, images.y[batch], images.group[batch])
             optimizer.zero_grad()
             loss.backward()

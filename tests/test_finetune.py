@@ -103,9 +103,10 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
 
 
 def test_cached_latents_are_those_of_encoding_an_image_anew(base, dataset):
-    model = models.Base(base, torch.device("cpu"), False, "lora")
+    model = models.Base(base, torch.device("cpu"), False)
     rows = imagefolder.read_metadata(dataset, "train")
-    images = finetune.Images(model, dataset, rows, ["a photo"] * len(rows), 0)
+    images = finetune.Images(dataset, rows, ["a photo"] * len(rows), 0, SimpleNamespace(steps=14, batch=4, accumulation=1))
+    images.encode(model)
     for pick in ([0], [5, 53, 17, 5]):
         chosen = [imagefolder.load_image(dataset / rows[i]["file_name"], 32) for i in pick]
         pixels = torch.stack([pil_to_tensor(image) for image in chosen]) / 127.5 - 1
