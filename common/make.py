@@ -26,6 +26,7 @@ make           run the experiment on {DATASET} at bias {BIAS}: a table, figures,
 make sweep     the same for several biases: make sweep BIAS="0.9 0.99"
 make paper     the paper's recipes and ours at two biases, and a verdict on its claims
 make ablate    clustered with one setting changed
+make dryrun    what a run will cost on this machine: hours, memory, disk
 make status    what is done, running and to do
 make -n        show what would run
 make test      install and run the tests
@@ -35,7 +36,7 @@ make bench     speed and memory beside what one would run instead: make bench BE
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
-(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER, PRETRAIN of make base; LAUNCH stands
+(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER, PRETRAIN of make base, DRYRUN of make dryrun; LAUNCH stands
 before commands):
 """
 
@@ -57,7 +58,7 @@ def settings(overrides, *values):
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
         goals = set(given["MAKECMDGOALS"].split())
-        checked = [] if goals and goals <= {"help", "clean", "test", "torture", "base", "bench"} else stale(
+        checked = [] if goals and goals <= {"help", "dryrun", "bench", "clean", "test", "torture", "base"} else stale(
             [f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
         for folder in checked:
             print(f"note: {folder}: its files or inputs were changed, it is made again", file=sys.stderr)

@@ -15,6 +15,11 @@ paper:
 	  MODEL_SEEDS="$(PAPER_SEEDS)" REFERENCES="erm groupdro vanilla dreambooth" &&) true
 	$(PY) evaluation/paper.py --results $(foreach BIAS,$(PAPER_BIASES),$(RUN)/results) --out runs/$(DATASET)-paper
 
+# `make dryrun` tells what a run will cost on this machine: one unit of every stage, on random images and models.
+dryrun: .venv/installed
+	$(LAUNCH) $(PY) evaluation/dryrun.py --dataset $(DATASET) --bias $(BIAS) --model-seeds $(words $(MODEL_SEEDS)) \
+	  --commands $(call quoted,$(strip $(COMMANDS))) $(DRYRUN) --out runs/dryrun-$(DATASET)
+
 # `make ablate` compares recipes that differ in one setting: a table and a figure each.
 ABLATIONS         = clusters filter beta images second-stage prior rare
 clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
