@@ -36,8 +36,8 @@ make bench     speed and memory beside what one would run instead: make bench BE
 make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example make CLUSTER="--k-max 8"
-(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER, PRETRAIN of make base, DRYRUN of make dryrun; LAUNCH stands
-before commands):
+(PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER, PRETRAIN of make base, DRYRUN of make dryrun;
+LAUNCH stands before commands):
 """
 
 # --------------------------------------------------------------------------------------------- the settings
