@@ -130,7 +130,7 @@ class Runs:
         if status < 0:
             raise Failed(f"killed by signal {-status}" + " (out of memory?)" * (status == -signal.SIGKILL))
         if status:
-            raise Failed(([f"exit status {status}"] + log.read_text(errors="replace").split("\n"))[-2].strip()[:300])
+            raise Failed((log.read_text(errors="replace").strip() or f"exit status {status}").splitlines()[-1][:300])
         return {"seconds": round(seconds, 2), "anonymous_mb": anonymous // 1024,
                 "memory_mb": ended[2].ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)}
 
@@ -253,11 +253,11 @@ def measure(commands, gpu, args):
         return pixels > 128 and not gpu
 
     drawing_slowly = slow(8 * files.read_json(base / "unet" / "config.json").get("sample_size", 64))
-    more, many = 2 if drawing_slowly else 20, 40 if slow(settings["vision_config"]["image_size"]) else 3000
+    more, many = 2 if drawing_slowly else 20, 40 if slow(settings["vision_config"]["image_size"]) else 1000
     jobs = {"read images": (reading, photos)}
     for command in commands:
         batch = getattr(command.settings, "batch", 1)
-        drawn = (min(batch, 4), min(batch, 4)) if drawing_slowly else (4 * batch, batch)  # a CPU gains nothing by a batch
+        drawn = (min(batch, 4), min(batch, 4)) if drawing_slowly else (2 * batch, batch)  # a CPU gains nothing by a batch
         trained = (1, 1) if slow(getattr(command.settings, "resolution", 0)) else (8, 3)
         jobs.setdefault(command.row, {
             "data/embed.py": (by_images, command, 8, many, lambda n: {"data": data_of(n)["data"]}),

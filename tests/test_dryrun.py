@@ -10,7 +10,8 @@ from conftest import ROOT, environment, files_of, new_house
 from common import files
 from evaluation import projection
 
-SETTINGS = ("dryrun", "RECIPES=erm lora", "DRYRUN=--photos 8")
+SETTINGS = ("dryrun", "RECIPES=erm lora", "DRYRUN=--photos 8", "LORA=--steps 150 --batch 4 --learning-rate 1e-3",
+            "GENERATE=--steps 10 --guidance-scale 1 --batch 8", "CLASSIFIER=--batch 16")
 STAGES = ["read images", "embed", "cluster", "generate", "finetune lora", "train erm", "train two-stage", "images"]
 
 
@@ -26,7 +27,7 @@ def both(tmp_path_factory):
     """Two dry runs as users run them: one in which fine-tuning fails, then the same with the fault mended."""
     house = new_house(tmp_path_factory.mktemp("dryrun") / "house")
     shutil.rmtree(house / "runs", ignore_errors=True)
-    return dryrun(house, "LORA=--steps 150 --batch 16 --learning-rate 1e38"), dryrun(house)
+    return dryrun(house, "LORA=--steps 150 --batch 4 --learning-rate 1e38"), dryrun(house)
 
 
 def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
@@ -65,10 +66,10 @@ def test_the_projection_is_the_rows_times_the_amounts(both):
     _, rows, table, _ = both[1]
     lines = {line["stage"]: line for line in table}
     assert "cluster" not in lines, "no recipe needs clusters"
-    lora = lines["finetune lora"]  # 4 groups of 475, 25, 25, 475 images, 150 steps of 16
+    lora = lines["finetune lora"]  # 4 groups of 475, 25, 25, 475 images, 150 steps of 4
     assert (lora["units"], lora["steps"], lora["images"]) == ("4", "600", "1000")
-    drawn = lines["generate lora"]  # 250 of 334 images are kept, in batches of 32
-    assert (drawn["units"], drawn["images"], drawn["steps"]) == ("4", str(4 * 352), str(4 * 352 * 10))
+    drawn = lines["generate lora"]  # 250 of 334 images are kept, in batches of 8
+    assert (drawn["units"], drawn["images"], drawn["steps"]) == ("4", str(4 * 336), str(4 * 336 * 10))
     erm = lines["train erm"]  # 3 seeds, 30 epochs: val is seen after each, val and test at the end
     assert (erm["units"], erm["images"]) == ("3", str(round(3 * (30 * (1000 + 600 / 3) + 4000 / 3))))
     for line in table:
