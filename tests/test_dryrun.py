@@ -44,7 +44,8 @@ def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
 def test_the_next_dry_run_measures_only_what_failed(both):
     done, rows, _, _ = both[1]
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"^  (\S.*): [\d.]+ s$", done.stdout, re.M) == ["finetune lora-1", "finetune lora-2", "finetune lora-3"]
+    ran = re.findall(r"^  (\S.*): [\d.]+ s$", done.stdout, re.M)
+    assert ran == ["finetune lora-1", "finetune lora-2", "finetune lora-3"]
     assert {stage: row for stage, row in rows.items() if stage != "finetune lora"} == {
         stage: row for stage, row in both[0][1].items() if stage != "finetune lora"}
 
