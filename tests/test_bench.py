@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, slow
 
 from common import files, imagefolder
 from evaluation import bench
@@ -19,6 +19,7 @@ def own_environment(monkeypatch):
         monkeypatch.setenv(name, "restored after the test")
 
 
+@slow
 def test_a_row_is_measured_and_one_without_its_peer_is_skipped_and_earlier_rows_stay(own_environment, tmp_path):
     out = tmp_path / "bench"
     found = [(Measured(1, 1, ""), None)]

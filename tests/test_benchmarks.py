@@ -487,7 +487,7 @@ def run_again(house, args):
 
 @pytest.mark.parametrize("dataset, download, method, more", (
     ("waterbirds", waterbirds, "compositional", ["BIAS=0.9"]),
-    ("utkface", utkface, "clustered-lora", ["KEEP_WEIGHTS=no"]),
+    pytest.param("utkface", utkface, "clustered-lora", ["KEEP_WEIGHTS=no"], marks=slow),
     pytest.param("celeba", celeba, "clustered-lora", [], marks=slow),
     pytest.param("folder", own_folder, "compositional", [f'PREPARE=--root "$(ROOT)" {NAMES}'], marks=slow),
 ), ids=("waterbirds", "utkface", "celeba", "folder"))

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, environment, files_of, new_house
+from conftest import ROOT, environment, files_of, new_house, run, slow
 
 from common import files
 from evaluation import projection
@@ -31,6 +31,7 @@ def both(tmp_path_factory):
     return dryrun(house, "LORA=--steps 150 --batch 4 --learning-rate 1e38"), dryrun(house)
 
 
+@slow
 def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
     done, rows, table, _ = both[0]
     assert done.returncode == 2 and list(rows) == STAGES, done.stderr[-3000:]
@@ -41,6 +42,7 @@ def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
     assert sum(line["hours"] == "" for line in table) == 1
 
 
+@slow
 def test_the_next_dry_run_measures_only_what_failed(both):
     done, rows, _, _ = both[1]
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,6 +52,7 @@ def test_the_next_dry_run_measures_only_what_failed(both):
         stage: row for stage, row in both[0][1].items() if stage != "finetune lora"}
 
 
+@slow
 def test_each_stage_has_seconds_memory_and_disk(both):
     done, rows, _, written = both[1]
     assert list(rows) == STAGES and {row["result"] for row in rows.values()} == {"ok"}
@@ -63,6 +66,7 @@ def test_each_stage_has_seconds_memory_and_disk(both):
     assert not [name for name in written if name.startswith("runs/")], "a stage's own output was left"
 
 
+@slow
 def test_the_projection_is_the_rows_times_the_amounts(both):
     _, rows, table, _ = both[1]
     lines = {line["stage"]: line for line in table}
@@ -112,3 +116,8 @@ def test_a_bias_removes_training_images_and_unknown_datasets_are_one_line_errors
     assert train[0] == 3498 and train[1] == 35 and train[2] == 11 and (val, test) == (1199, 5794)
     with pytest.raises(files.InputError, match="not found"):
         projection.counts_of(ROOT / "data" / "none", "folder", "natural")
+
+
+def test_wrong_flags_are_one_line_errors():
+    run("evaluation/dryrun.py", "--dataset", "digits", "--bias", 0.9, "--commands", "data/prepare.py digits", "--photos", 0,
+        "--out", "runs/x", fails="--photos: 0 is not between")
