@@ -14,7 +14,7 @@ attribute from the prompt, and a rare group can then be drawn in every mode of i
 
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the images of vanilla.
 Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for diffusers' `load_lora_weights`, or unet/ for
-`UNet2DConditionModel.from_pretrained`), loss.csv and config.json; last OUT/config.json.
+`UNet2DConditionModel.from_pretrained`), loss.csv, a model card and config.json; last OUT/config.json.
 """
 
 import functools
@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import files, imagefolder, models, pixels, stage
+from common import cards, files, imagefolder, models, pixels, stage
 from common.checkpoint import Checkpoint
 from common.files import InputError
 
@@ -316,6 +316,7 @@ def train_units(todo, units, base_digest, args):
         with files.replacing(args.out / unit.name) as out:
             models.save_weights(out, base, args.method, args.save_dtype, args.train_text_encoder)
             files.write_csv(out / "loss.csv", curve)
+            cards.of_weights(out / "README.md", unit, args)
             stage.finish_unit(out, args, unit.key, base=base_digest, images=len(unit.rows), **stage.spent(begin))
         files.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]

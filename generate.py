@@ -1,8 +1,6 @@
 """Stage 3: draws a group-balanced synthetic set from the fine-tuned models and filters it with CLIP.
 
     python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
-        --embeddings runs/digits-0.95/embeddings --out runs/digits-0.95/synthetic/vanilla
-    python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
         --embeddings runs/digits-0.95/embeddings --models runs/digits-0.95/models/lora --out runs/digits-0.95/synthetic/lora
 
 Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the base model draws them from
@@ -13,8 +11,8 @@ image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv (the selected images in the
 one format, with columns unit, clip_score, seed, prompt, negative_prompt, guidance_scale: with OUT/config.json all it takes to
-draw an image again in diffusers), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet) and
-OUT/config.json.
+draw an image again in diffusers), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet),
+OUT/README.md (a dataset card) and OUT/config.json.
 """
 
 import math
@@ -23,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import files, imagefolder, models, stage
+from common import cards, files, imagefolder, models, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -327,6 +325,7 @@ def publish(draws, prompts, made_by, args, inputs):
                   "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]} for row in kept]
     for group in prompts:
         save_sheet(args.out / f"{group}.png", args.out, [row for row in rows if imagefolder.group_of(row) == group])
+    cards.of_images(args.out / "README.md", rows, args)
     files.write_csv(args.out / "metadata.csv", rows)
     if args.drop_weights:
         inputs.pop(str(args.models), None)

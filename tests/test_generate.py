@@ -405,3 +405,16 @@ def test_invalid_input_is_a_one_line_error(command, tmp_path):
     run(*command, "--models", tmp_path, "--out", tmp_path / "v", fails="config.json: not found")
     run(*command, "--drop-weights", "--out", tmp_path / "v", fails="--drop-weights: the base model draws")
     assert not (tmp_path / "v" / "metadata.csv").exists()
+
+
+def test_cards_are_what_the_hub_reads(base, dataset, vanilla, tmp_path):
+    from huggingface_hub import DatasetCard, ModelCard
+
+    card = DatasetCard.load(vanilla / "README.md")
+    assert card.data.task_categories == ["image-classification"] and "20 synthetic images in 4 groups" in card.text
+    assert "| even digit on a red background (y0-a0) | 5 |" in card.text
+    for method, load in (("lora", "load_lora_weights"), ("dreambooth", 'subfolder="unet"')):
+        run("finetune.py", "--method", method, "--base", base, "--data", dataset, "--steps", 1, "--out", tmp_path / method)
+        card = ModelCard.load(tmp_path / method / "y1-a0" / "README.md")
+        assert card.data.base_model == str(base) and card.data.library_name == "diffusers" and method in card.data.tags
+        assert card.data.instance_prompt.endswith("sks") and load in card.text and "on 3 images: 1 steps of 1" in card.text
