@@ -34,7 +34,8 @@ def lora(base, dataset, tmp_path_factory):
 def test_each_group_gets_weights_a_loss_curve_and_a_config(lora):
     assert sorted(path.name for path in lora.glob("[!.]*")) == ["config.json", "y0-a0", "y0-a1", "y1-a0", "y1-a1"]
     for unit in lora.glob("y*"):
-        assert sorted(p.name for p in unit.iterdir()) == ["config.json", "loss.csv", "pytorch_lora_weights.safetensors"]
+        assert sorted(p.name for p in unit.iterdir()) == [
+            "README.md", "config.json", "loss.csv", "pytorch_lora_weights.safetensors"]
         with open(unit / "loss.csv") as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     draws = json.loads((lora / "config.json").read_text())["draws"]
