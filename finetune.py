@@ -84,7 +84,8 @@ def trainable_weights(base, args):
         cast_training_params(base.unet)
     else:
         base.unet.requires_grad_(True)
-        base.text_encoder.requires_grad_(args.train_text_encoder)
+        if args.train_text_encoder:
+            base.text_encoder.to(base.device).requires_grad_(True)
     return [weight for module in (base.unet, base.text_encoder) for weight in module.parameters()
             if weight.requires_grad]
 

@@ -126,7 +126,7 @@ def token_ids(tokenizer, prompts):
 
 
 class Base:
-    """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule, all in fp32.
+    """A base model to be fine-tuned: VAE, text encoder, UNet and noise schedule; bf16: the UNet computes in bfloat16.
 
     On a GPU the VAE and the text encoder are there only while they are needed.
     """
@@ -145,12 +145,14 @@ class Base:
         self.unet.to(device)
 
     def reset(self, method):
-        """Restores the base's own weights, before training another unit. They are read again where all have been trained."""
+        """Restores the base's own weights, before training a unit with lora or dreambooth, which changes all of them."""
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
         elif method == "dreambooth" and not self.as_loaded:
             self.unet = None  # makes room
             self.__init__(self.name, self.device, self.bf16)
+        if method == "lora" and self.bf16:
+            self.unet.to(torch.bfloat16)  # frozen weights; LoRA's own are in fp32
         self._embeds.clear()
         self.as_loaded = False
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import LONG, files_of, make_dataset, run, start
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import finetune
@@ -116,6 +117,17 @@ def test_cached_latents_are_those_of_encoding_an_image_anew(base, dataset):
         anew = posterior.sample(torch.Generator().manual_seed(1)) * model.vae.config.scaling_factor
         cached = images.latents(pick, torch.Generator().manual_seed(1))
         assert torch.allclose(cached, anew, atol=1e-5) and anew.std() > 0.1
+
+
+def test_lora_in_bf16_has_nearly_the_losses_of_fp32_and_weights_in_fp32(base, dataset, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        run("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--precision", precision, "--out",
+            tmp_path / precision)
+        losses.append([float(row["loss"]) for row in files.read_csv(tmp_path / precision / "y0-a0" / "loss.csv")])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
+    weights = load_file(tmp_path / "bf16" / "y0-a0" / "pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
 def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
