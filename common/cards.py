@@ -5,9 +5,10 @@ import json
 from common import files, imagefolder
 
 LIMITS = """\
-These images were made to train classifiers that do not rely on a spurious correlation. They repeat what the base model and
-the training images get wrong, and a model of few images may have copied some of them: compare before you publish. They show
-no real event and are not meant for training generators, for judging people, or as evidence of anything.
+Made to train classifiers that do not rely on a spurious correlation. The images repeat what the base model and the training
+images get wrong, and a model of few images may copy some of them: compare before you publish. Not made for identifying or
+judging people, nor as evidence of anything. The license is yours to state: it depends on the base model's and on the
+training images'.
 """
 
 
@@ -36,9 +37,7 @@ attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the 
 {table}
 Prompts: {"; ".join(f"`{prompt}`" for prompt in prompts[:20])}{"; ..." * (len(prompts) > 20)}
 
-{LIMITS}
-The license is yours to state: it depends on the base model's and on the training images'.
-""")
+{LIMITS}""")
 
 
 def of_weights(path, unit, args):
@@ -59,6 +58,4 @@ def of_weights(path, unit, args):
     pipe = StableDiffusionPipeline.from_pretrained("{args.base}")
     {load}
 
-{LIMITS}
-The license is yours to state: it depends on the base model's and on the training images'.
-""")
+{LIMITS}""")
