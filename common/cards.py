@@ -23,7 +23,7 @@ def of_images(path, rows, args):
     titles, counts = imagefolder.group_titles(rows), imagefolder.group_counts(rows)
     prompts = sorted({row["prompt"] for row in rows})
     table = "".join(f"| {titles[group]} | {count} |\n" for group, count in counts.items())
-    tuned = f", fine-tuned per group or cluster" if args.models else ""
+    tuned = ", fine-tuned per group or cluster" if args.models else ""
     kept = "--keep" if args.clip_threshold is None else "--clip-threshold"
     save(path, {"license": "unknown", "task_categories": ["image-classification"], "tags": ["synthetic", "imagefolder"]}, f"""\
 # {len(rows)} synthetic images in {len(counts)} groups
