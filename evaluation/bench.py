@@ -194,7 +194,7 @@ def large(args, peer):
     few, many = (10, 60) if args.gpu else (1, 4)
     base, data = new_folder(args), new_folder(args)
     job(bench_jobs.stable_diffusion, base, args.width)
-    job(bench_jobs.photographs, data, 4 * args.batch, 512, 512)
+    job(bench_jobs.photographs, data, args.batch, 512, 512)  # as many as a step draws: more steps encode no more of them
     rows = [row | {"y": 0, "a": 0, "text": "a photo"} for row in imagefolder.read_metadata(data)]
     files.write_csv(data / "metadata.csv", rows)
     units = flat_folders(args, data)
