@@ -263,7 +263,7 @@ def soak(count, base, place):
     spent["classifier"] = measured("train_classifier.py", "--recipe", "filled", "--data", data, "--synthetic",
                                    out / "synthetic", "--epochs", 1, "--batch", 512, "--seeds", 0, "--out", out / "c")
     spent["at 224"] = measured("train_classifier.py", "--recipe", "erm", "--data", data, "--epochs", 1, "--batch", 128,
-                               "--resolution", 224, "--seeds", 0, "--out", out / "large")
+                               "--load-size", 224, "--resolution", 64, "--seeds", 0, "--out", out / "large")
     spent["images"] = measured("evaluation/images.py", "--data", data, "--embeddings", out / "embeddings", "--synthetic",
                                out / "synthetic", "--clip", base / "clip", "--batch", 512, "--out", out / "images")
     return spent
