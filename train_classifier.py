@@ -142,6 +142,7 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     if last_layer:  # the backbone is frozen, batch statistics included: its features are computed once
         features, val_features = (features_of(model, part, args.resolution) for part in (images, val))
+    view = classifiers.random_crops if args.augment == "crop-flip" else classifiers.to_input
     loss_of, best, kept, history = getattr(losses, phase.loss), -1.0, None, []
     for epoch in range(epochs):
         model.train(not last_layer)
@@ -154,7 +155,6 @@ def train_phase(model, phase, images, val, losses, args, seed, log):
             if last_layer:
                 logits, embedded = model.last_layer(shown), None
             else:
-                view = classifiers.random_crops if args.augment == "crop-flip" else classifiers.to_input
                 with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
                     found = model.backbone(view(shown, args.resolution))
                 logits = model.last_layer(found.float())

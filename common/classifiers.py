@@ -5,8 +5,8 @@ import importlib.util
 import itertools
 
 from common import imagefolder, stage
-from common.pixels import Pixels, ahead
 from common.files import InputError
+from common.pixels import Pixels, ahead
 
 np = stage.lazy("numpy")
 torch = stage.lazy("torch")

@@ -1,7 +1,7 @@
 # The miniature: MNIST digits on coloured backgrounds, and a base model trained on printed digits; 2 cores, no network.
 # Values that the paper gives are the defaults of the scripts; all below are ours. Learning rates, prior weight, guidance
-# scale and --balance were chosen on val (RESULTS.md), the numbers of steps and epochs for a run of minutes.
-# A run of minutes: `make paper` has more recipes and seeds.
+# scale and --balance were chosen on val (RESULTS.md), the numbers of steps and epochs and the recipes for a run of minutes:
+# `make paper` has more recipes and seeds.
 RECIPES       ?= erm groupdro vanilla dreambooth clustered
 IMAGES        ?= 250
 EPOCHS        ?= 30

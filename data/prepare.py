@@ -19,8 +19,8 @@ hub         a dataset of the Hugging Face Hub, or a local folder of parquet file
 --bias natural keeps the training images as they are. A number removes training images until this share of each class has
 the attribute that is most over-represented in it; val and test are never touched.
 
-Reads ROOT. Writes OUT/metadata.csv, OUT/images (digits and hub: the images; else a link to them), OUT/splits (the same once more, a
-folder per split: `load_dataset("imagefolder", data_dir=OUT)` tells the splits apart) and OUT/config.json.
+Reads ROOT. Writes OUT/metadata.csv, OUT/images (digits and hub: the images; else a link to them), OUT/splits (the same once
+more, a folder per split: `load_dataset("imagefolder", data_dir=OUT)` tells the splits apart) and OUT/config.json.
 """
 
 import hashlib
@@ -400,7 +400,7 @@ def main(argv=None):
         if missing:
             raise not_found(args, f"{len(missing)} of {len(rows)} images, the first is {missing[0]};")
     content = [str(root.resolve()), imagefolder.digest(root, rows)] if downloaded else [str(args.root), inputs]
-    key = files.digest(rows, content, args.dataset, stage.code_digest(__file__))
+    key = files.digest(rows, content, args.dataset, stage.code_digest(__file__, hub.__file__))
     if stage.is_made(args, key, inputs):
         return print(f"{args.out}: up to date")
     if downloaded:

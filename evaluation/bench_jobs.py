@@ -84,23 +84,9 @@ def stable_diffusion(folder, width):
 
     Its digest is taken too: finetune.py remembers it, and the first run would be slower than the next.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from base import random_model
 
-    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer", model_max_length=77)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12 if width == 320 else 1,
-        num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id))
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        block_out_channels=(128, 256, 512, 512) if width == 320 else (32,) * 4, layers_per_block=2,
-                        sample_size=512)
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-                                attention_head_dim=8, cross_attention_dim=768)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              steps_offset=1)
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-                            ).save_pretrained(folder)
+    random_model.stable_diffusion(width).save_pretrained(folder)
     files.model_digest(folder)
 
 
