@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, make_dataset, run, start
+from conftest import files_of, make_dataset, run, slow, start
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -209,7 +209,7 @@ def test_another_share_or_more_images_draw_only_what_is_missing(filtering, filte
     assert times() == after and (tmp_path / "v" / "metadata.csv").read_bytes() == (filtered / "metadata.csv").read_bytes()
 
 
-@pytest.mark.parametrize("how", ("command", "filtering"))
+@pytest.mark.parametrize("how", (pytest.param("command", marks=slow), "filtering"))
 def test_a_killed_generation_resumes_and_draws_the_same_bytes(how, request, tmp_path):
     args = (*request.getfixturevalue(how), "--images", 40, "--out")
     run(*args, tmp_path / "whole")

@@ -93,16 +93,6 @@ def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
     assert files_of(lora) == before
 
 
-def test_an_unfinished_stage_resumes_to_the_same_bytes(house):
-    runs = house / "runs" / "digits-0.95"
-    before = files_of(runs, but=SECONDS)
-    shutil.rmtree(runs / "models" / "lora" / "y0-a1")  # as a killed stage leaves it: no unit, nothing that says done
-    for name in ("models/lora/config.json", "synthetic/lora/config.json", "synthetic/lora/metadata.csv"):
-        (runs / name).unlink()
-    make(house)
-    assert files_of(runs, but=SECONDS) == before
-
-
 def test_other_model_seeds_would_be_runs_of_their_own(house):
     text = make(house, "-n", "MODEL_SEEDS=0 1", "RECIPES=erm lora")
     assert 'finetune.py --base "base/miniature" --seed 1' in text and "--out runs/digits-0.95-seed1/models/lora" in text
@@ -175,17 +165,18 @@ def test_a_folder_that_another_process_writes_is_refused_while_that_process_live
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True)"
     with subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)", lock], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        make(house, "EPOCHS=2", fails="erm: is in use by another process (wait for it to finish, or stop it)")
+        make(house, "EPOCHS=2", "runs/digits-0.95/classifiers/erm/config.json",
+             fails="erm: is in use by another process (wait for it to finish, or stop it)")
         lines = dict(line.split(maxsplit=1) for line in make(house, "status").splitlines())
         assert lines["runs/digits-0.95/classifiers/erm"] == "1 of 1 seeds done, running"
         other.kill()
-    make(house)
+    assert would_run(house) == []
 
 
 # ----------------------------------------------------------------------- what was lost or changed is made again
 
 
-def test_edited_and_lost_files_of_the_data_and_of_results_are_noticed_and_made_again(house):
+def test_edited_lost_and_unfinished_results_are_made_again_and_nothing_else_is_trained(house):
     before = files_of(house / "runs", but=SECONDS)
     run, images = house / "runs" / "digits-0.95", sorted((house / "data" / "digits-0.95" / "images").iterdir())
     (run / "synthetic" / "vanilla" / "y0-a0" / "00000.png").unlink()
@@ -198,7 +189,15 @@ def test_edited_and_lost_files_of_the_data_and_of_results_are_noticed_and_made_a
     (run / "images" / "config.json").write_text("{")
     assert "images" in would_run(house)
     assert "data/prepare.py digits" in make(house, "-n") and {"clusters", "classifiers/vanilla"} <= set(would_run(house))
-    make(house)
+    shutil.rmtree(run / "models" / "clustered" / "y0-a1-c0")  # as a killed stage leaves it: no unit, nothing that says done
+    for name in ("models/clustered/config.json", "synthetic/clustered/config.json", "synthetic/clustered/metadata.csv"):
+        (run / name).unlink()
+    script = house / "finetune.py"
+    stat, code = script.stat(), script.read_text()
+    script.write_text(code.replace('"""Stage 2:', '"""The second stage:') + "# a comment\n")
+    assert make(house).count("images, loss") == 2  # the lost units: an edited comment retrains nothing
+    script.write_text(code)
+    os.utime(script, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert files_of(house / "runs", but=SECONDS) == before and would_run(house) == []
 
 
@@ -299,16 +298,6 @@ def test_digits_run_a_process_with_one_thread_per_core_unless_one_says_otherwise
         assert jobs in text and text.split("threads ")[1].strip() == threads, (args, text)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # nproc reads it
     assert f"-j{len(os.sched_getaffinity(0))} " in run_make(house, "-f", str(tmp_path / "show.mk"), "all")
-
-
-def test_an_edited_comment_retrains_nothing(house):
-    script = house / "finetune.py"
-    before = script.read_text()
-    script.write_text(before.replace('"""Stage 2:', '"""The second stage:') + "# a comment\n")
-    assert "models/lora" in would_run(house)
-    assert "images, loss" not in make(house)
-    script.write_text(before)
-    make(house)
 
 
 # ------------------------------------------------------------------------------------------------- settings
