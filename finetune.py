@@ -17,13 +17,12 @@ Writes OUT/<unit>/ with the weights (pytorch_lora_weights.safetensors for diffus
 `UNet2DConditionModel.from_pretrained`), loss.csv, a model card and config.json; last OUT/config.json.
 """
 
-import functools
 import math
 import sys
 import time
 from pathlib import Path
 
-from common import cards, files, imagefolder, models, pixels, stage
+from common import cards, files, imagefolder, latents, models, pixels, stage
 from common.checkpoint import Checkpoint
 from common.files import InputError
 
@@ -90,6 +89,16 @@ def trainable_weights(base, args):
             if weight.requires_grad]
 
 
+def optimizer_of(base, unit, weights, args):
+    """AdamW for the weights and, with --learn-identifiers, the embeddings of the unit's identifiers (textual inversion, Gal et
+    al. 2023), all of which begin as those of a common word. Adds the latter to `weights`."""
+    parameters = [{"params": list(weights)}]
+    if args.learn_identifiers:
+        weights.append(base.learn_tokens(unit.identifiers, args.initial_word))
+        parameters.append({"params": weights[-1:], "lr": args.identifier_rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+
+
 def finetune(base, unit, args):
     """Trains the base's weights on one unit. Returns the loss curve: [{step, loss, learning_rate}].
 
@@ -100,7 +109,7 @@ def finetune(base, unit, args):
 
     torch.manual_seed(stage.seed_of(args.seed, unit.name))  # LoRA's initial weights
     weights = trainable_weights(base, args)
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = optimizer_of(base, unit, weights, args)
     schedule = get_scheduler(args.schedule, optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps)
     ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
     checkpoint = Checkpoint(args.out / f".{unit.name}.partial", unit.key, weights, optimizer, schedule, ema)
@@ -129,50 +138,7 @@ def finetune(base, unit, args):
     return curve
 
 
-# ------------------------------------------------------------------------------------- a unit and its images
-
-
-class Images:
-    """Images as the diffusion model sees them: the moments of their latents, encoded once, and a prompt each."""
-
-    def __init__(self, folder, rows, prompts, seed, args, balance=0.0):
-        sizes = imagefolder.group_counts(rows)
-        self.weights = torch.tensor([sizes[imagefolder.group_of(row)] ** -balance for row in rows])
-        self.folder, self.rows, self.prompts, self.seed, self.args = folder, rows, prompts, seed, args
-        self.balanced = balance > 0 and len(sizes) > 1
-
-    @functools.cached_property
-    def drawn(self):
-        """{index: row} of the images that the steps draw, by index: 800 steps of one draw 800 of 70,000."""
-        steps, batch = self.args.steps * self.args.accumulation, self.args.batch
-        picks = [self.pick(step, batch) for step in range(steps)] if self.balanced else [
-            self.pick(0, min(steps * batch, len(self.rows)))]
-        return {index: self.rows[index] for index in sorted({index for pick in picks for index in pick})}
-
-    def encode(self, base):
-        self.mean, self.std = base.encode([self.folder / row["file_name"] for row in self.drawn.values()])
-        self.place = {index: place for place, index in enumerate(self.drawn)}
-
-    def pick(self, step, batch):
-        """Indices of the images of a step. Each epoch goes through all images in an order of its own.
-
-        With a balance, each image is drawn with weight (1 / size of its group) ** balance: 1 is groups equally often.
-        """
-        if self.balanced:
-            rng = torch.Generator().manual_seed(stage.seed_of(self.seed, "step", step))
-            return torch.multinomial(self.weights, batch, replacement=True, generator=rng).tolist()
-        count, indices = len(self.prompts), []
-        for position in range(step * batch, (step + 1) * batch):
-            epoch, index = divmod(position, count)
-            if index == 0 or not indices:
-                order = torch.randperm(count, generator=torch.Generator().manual_seed(stage.seed_of(self.seed, epoch)))
-            indices.append(order[index].item())
-        return indices
-
-    def latents(self, indices, rng):
-        """Latents sampled from the VAE's posterior, (len(indices), 4, h, w)."""
-        mean, std = (moments[[self.place[index] for index in indices]] for moments in (self.mean, self.std))
-        return mean + std * torch.randn(mean.shape, generator=rng)
+# ------------------------------------------------------------------------------------------------- the units
 
 
 class Unit:
@@ -180,9 +146,10 @@ class Unit:
 
     def __init__(self, name, rows, templates, prior_rows, args):
         self.name, self.rows, self.templates, self.prior_rows = name, rows, templates, prior_rows
+        self.identifiers = sorted({identifier(row, args) for row in rows})
         self.prompts = [template.replace("{text}", row["text"]) for template, row in zip(templates, rows)]
-        self.images = Images(args.data, rows, self.prompts, (args.seed, name), args, args.balance)
-        self.prior = prior_rows and Images(args.prior, prior_rows, [row["text"] for row in prior_rows],
+        self.images = latents.Images(args.data, rows, self.prompts, (args.seed, name), args, args.balance)
+        self.prior = prior_rows and latents.Images(args.prior, prior_rows, [row["text"] for row in prior_rows],
                                            (args.seed, name, "prior"), args)
         self.parts = [self.images, self.prior] if self.prior else [self.images]
 
@@ -199,10 +166,17 @@ def units_of(rows, prior_rows, args):
             for name, rows in sorted(members.items())]
 
 
+def identifier(row, args):
+    """The word that stands for a row's unit. One model tells clusters by their number, or learns a word for each."""
+    cluster = row.get("cluster", "") if args.per == "dataset" else ""
+    if args.learn_identifiers:
+        return f"<{imagefolder.group_of(row)}{f'-c{cluster}' if cluster else ''}>"
+    return f"{args.identifier}{cluster}"
+
+
 def prompt_template(row, args):
-    """The prompt of a row with its identifier, and {text} for its caption. One model tells clusters by their number."""
-    number = row.get("cluster", "") if args.per == "dataset" else ""
-    return args.prompt.replace("{identifier}", f"{args.identifier}{number}")
+    """The prompt of a row with its identifier, and {text} for its caption."""
+    return args.prompt.replace("{identifier}", identifier(row, args))
 
 
 # ------------------------------------------------------------------------------------------------ the stage
@@ -225,7 +199,7 @@ def main(argv=None):
         if args.prior and not unit.prior_rows:
             raise InputError(args.prior, f"has no class images for {unit.title}", "generate them for this --data")
     base = files.model_digest(args.base)
-    code = stage.code_digest(__file__, models.__file__, imagefolder.load_image, stage.seed_of)
+    code = stage.code_digest(__file__, models.__file__, latents.__file__, imagefolder.load_image, stage.seed_of)
     for unit in units:
         unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every"), base, code, unit.prompts,
                                 imagefolder.digest(args.data, unit.rows),
@@ -254,6 +228,8 @@ def parse(argv=None):
                       help="prepared dataset folder, or output of cluster.py; split train is used")
     what.add_argument("--prior", type=Path, help="class images (the vanilla synthetic images) for prior preservation; "
                       "default: no prior preservation")
+    what.add_argument("--learn-identifiers", action=stage.Flag, default=False,
+                      help="--per dataset: learn a word for each group (or cluster) instead of using --identifier")
     what.add_argument("--out", type=Path, required=True, help="folder to write the units to")
     how = parser.add_argument_group("training")
     how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
@@ -264,6 +240,8 @@ def parse(argv=None):
     how.add_argument("--batch", type=count, default=1, help="images per step; as many class images are added")
     how.add_argument("--accumulation", type=count, default=1, help="batches per step")
     how.add_argument("--learning-rate", type=positive, help="default: 1e-4 for lora, 5e-6 for dreambooth (diffusers)")
+    how.add_argument("--initial-word", default="photo", help="what learned identifiers begin as (SAGE: photo)")
+    how.add_argument("--identifier-rate", type=positive, default=1e-2, help="learning rate of learned identifiers")
     how.add_argument("--schedule", default="constant", help="learning rate schedule",
                      choices=("constant", "constant_with_warmup", "linear", "cosine"))
     how.add_argument("--warmup", type=stage.number(int, 0), default=0, help="warm-up steps of the schedule")
@@ -290,6 +268,10 @@ def parse(argv=None):
         raise InputError("--train-text-encoder", "LoRA trains the UNet only", "use --method dreambooth")
     if args.balance and args.per != "dataset":
         raise InputError("--balance", f"a {args.per} contains one group only", "use --per dataset")
+    if args.learn_identifiers and args.per != "dataset":
+        raise InputError("--learn-identifiers", f"a {args.per} has a model of its own", "use --per dataset")
+    if args.learn_identifiers and args.train_text_encoder:
+        raise InputError("--learn-identifiers", "trains words, not the text encoder", "leave out --train-text-encoder")
     if "{text}" not in args.prompt:
         raise InputError("--prompt", "does not contain {text}", 'for example "{text} {identifier}"')
     return args
@@ -336,7 +318,7 @@ def publish(units, base_digest, args, inputs):
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):
             suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
-            a = None if args.per == "dataset" else row["a"]
+            a = None if args.per == "dataset" and not args.learn_identifiers else row["a"]
             draw = draws.setdefault((unit.name, row["y"], template), {
                 "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix, "prompt": template,
                 "images": 0})

@@ -14,6 +14,7 @@ torch = stage.lazy("torch")
 # diffusers, transformers and peft take seconds to import, so the functions that need them import them
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TOKENS = "tokens"
 EMBEDDINGS = "embeddings.npz"  # of data/embed.py
 
 # ------------------------------------------------------------------------------------- device and precision
@@ -139,7 +140,7 @@ class Base:
         self.tokenizer, self.text_encoder, self.vae, self.unet = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._embeds = {}
+        self._embeds, self.tokens, self.learned = {}, [], None
         for part in (self.text_encoder, self.vae, self.unet):
             part.requires_grad_(False)
         self.unet.to(device)
@@ -172,9 +173,26 @@ class Base:
         self.vae.to("cpu")
         return [torch.cat(part) for part in zip(*moments)]
 
+    def learn_tokens(self, tokens, word):
+        """Adds tokens to the vocabulary. Returns their embeddings, to be trained: (len(tokens), D), all of them the word's."""
+        embedding, first = self.text_encoder.get_input_embeddings(), len(self.tokenizer)
+        [word], self.tokens = self.tokenizer(word, add_special_tokens=False).input_ids[:1], tokens
+        self.tokenizer.add_tokens(tokens)
+        if len(self.tokenizer) > embedding.num_embeddings:
+            self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+            embedding = self.text_encoder.get_input_embeddings().requires_grad_(False)
+        self.learned = torch.nn.Parameter(embedding.weight[word].repeat(len(tokens), 1).to(self.device))
+
+        def with_learned(module, inputs, output):
+            number = inputs[0] - first
+            return torch.where((number >= 0)[..., None], self.learned[number.clamp(min=0)], output)
+
+        embedding.register_forward_hook(with_learned)
+        return self.learned
+
     def prompt_embeds(self, prompts):
-        """(len(prompts), tokens, D); computed once per prompt unless the text encoder is being trained."""
-        training = any(weight.requires_grad for weight in self.text_encoder.parameters())
+        """(len(prompts), tokens, D); computed once per prompt unless the text encoder or a token is being trained."""
+        training = self.learned is not None or any(weight.requires_grad for weight in self.text_encoder.parameters())
         embeds = {} if training else self._embeds
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
         if missing:
@@ -190,12 +208,16 @@ class Base:
 
 def save_weights(out, base, method, dtype, text_encoder):
     """Writes fine-tuned weights in the format of diffusers: a LoRA file for `load_lora_weights`, or a folder unet/ for
-    `UNet2DConditionModel.from_pretrained` (and text_encoder/). dtype: fp32, bf16 or fp16."""
+    `UNet2DConditionModel.from_pretrained` (and text_encoder/); learned tokens in tokens/, a file each for
+    `load_textual_inversion`. dtype: fp32, bf16 or fp16."""
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for token, embedding in zip(base.tokens, base.learned if base.tokens else ()):
+        (out / TOKENS).mkdir(parents=True, exist_ok=True)
+        save_file({token: embedding.detach().cpu()}, out / TOKENS / f"{token.strip('<>')}.safetensors")
     if method == "lora":  # the metadata hold alpha: without it diffusers scales the update by 1
         config = {f"unet.{name}": sorted(value) if isinstance(value, set) else value
                   for name, value in base.unet.peft_config["default"].to_dict().items()}
@@ -243,7 +265,7 @@ def drop_weights(folder):
     """Removes fine-tuned weights, and the config.json that says that they are there; loss curves stay."""
     (folder / "config.json").unlink(missing_ok=True)
     for unit in folder.glob("*/"):
-        for name in ("unet", "text_encoder", LORA_FILE):
+        for name in ("unet", "text_encoder", TOKENS, LORA_FILE):
             files.remove(unit / name)
 
 
@@ -259,6 +281,7 @@ class Sampler:
         self.pipe.set_progress_bar_config(disable=True)
         if self.pipe.unet.config.sample_size > 32:  # one image at a time: decoding 16 of 512 pixels takes 10 GB
             self.pipe.vae.enable_slicing()
+        self._tokens = set(self.pipe.tokenizer.added_tokens_encoder)
         self._own = {}  # copies of the base's weights that a unit's weights have replaced
 
     def load(self, weights):
@@ -271,7 +294,11 @@ class Sampler:
         if weights and not lora and not (weights / "unet").is_dir():
             raise InputError(weights, "contains neither a LoRA nor a UNet", again)
         self.pipe.unload_lora_weights()
+        if self.pipe.tokenizer.added_tokens_encoder.keys() - self._tokens:
+            self.pipe.unload_textual_inversion()
         try:
+            for path in sorted((weights / TOKENS).glob("*.safetensors")) if weights else ():
+                self.pipe.load_textual_inversion(path)
             for name in ("unet", "text_encoder"):
                 found = sorted((weights / name).glob("*.safetensors")) if weights else []
                 part = getattr(self.pipe, name)
@@ -291,7 +318,7 @@ class Sampler:
 
 
 class Clip:
-    """CLIP's two towers: embeddings of unit length."""
+    """CLIP's two towers: embeddings of unit length. Between rest() and the next image or text it is not on the device."""
 
     def __init__(self, name, device):
         from transformers import CLIPModel, CLIPProcessor
@@ -299,6 +326,10 @@ class Clip:
         self.device = device
         self.model = load_model(_in_fp32(CLIPModel), name, "--clip").to(device).eval().requires_grad_(False)
         self.processor = load_model(CLIPProcessor.from_pretrained, name, "--clip")
+
+    def rest(self):
+        """Makes room on the device: CLIP ViT-L/14 takes 1.7 GB."""
+        self.model.to("cpu")
 
     @property
     def size(self):
@@ -313,6 +344,7 @@ class Clip:
     def images(self, images):
         """PIL images -> (N, D) float32 on the CPU."""
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        self.model.to(self.device)
         return _unit_length(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
 
     def texts(self, texts):
@@ -320,12 +352,13 @@ class Clip:
         tokens = self.processor(text=texts, padding="max_length", return_tensors="pt").to(self.device)
         if tokens["input_ids"].shape[1] > self.model.config.text_config.max_position_embeddings:
             raise InputError("metadata.csv", f"a text is too long for CLIP, one of {texts}", "shorten it")
+        self.model.to(self.device)
         return _unit_length(self.model.text_projection(self.model.text_model(**tokens).pooler_output))
 
-    def zero_shot(self, images, texts):
-        """Probability of each text (embeddings of texts()) for each PIL image, (N, M) float32 (Radford et al. 2021, 3.1)."""
-        scale = self.model.logit_scale.exp().cpu()
-        return (scale * self.images(images) @ texts.T).softmax(1)
+    def probabilities(self, images, texts):
+        """Zero-shot classification (Radford et al. 2021, section 3.1): the probability of each of M texts for each of N images,
+        (N, M) float32, from the embeddings of both."""
+        return (self.model.logit_scale.exp().cpu() * torch.as_tensor(images) @ texts.T).softmax(1)
 
 
 class Encoder:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import finetune
-from common import files, imagefolder, models, stage
+from common import files, imagefolder, latents, models, stage
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
@@ -107,7 +107,7 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
 def test_cached_latents_are_those_of_encoding_an_image_anew(base, dataset):
     model = models.Base(base, torch.device("cpu"), False)
     rows = imagefolder.read_metadata(dataset, "train")
-    images = finetune.Images(dataset, rows, ["a photo"] * len(rows), 0, SimpleNamespace(steps=14, batch=4, accumulation=1))
+    images = latents.Images(dataset, rows, ["a photo"] * len(rows), 0, SimpleNamespace(steps=14, batch=4, accumulation=1))
     images.encode(model)
     for pick in ([0], [5, 53, 17, 5]):
         chosen = [imagefolder.load_image(dataset / rows[i]["file_name"], 32) for i in pick]
@@ -224,7 +224,7 @@ def test_the_digest_of_code_ignores_comments_docstrings_and_help(tmp_path):
 @pytest.mark.parametrize("balance, batch, steps", ((0, 2, 3), (0, 4, 20), (0.5, 2, 5)))
 def test_the_images_that_steps_draw_and_no_others_are_encoded(balance, batch, steps):
     rows = [{"y": 0, "a": int(i > 20)} for i in range(24)]
-    images = finetune.Images(None, rows, [""] * 24, (0, "x"), SimpleNamespace(steps=steps, accumulation=2, batch=batch), balance)
+    images = latents.Images(None, rows, [""] * 24, (0, "x"), SimpleNamespace(steps=steps, accumulation=2, batch=batch), balance)
     assert set(images.drawn) == {i for step in range(2 * steps) for i in images.pick(step, batch)}
     assert len(images.drawn) == 24 if steps == 20 else len(images.drawn) <= 2 * steps * batch < 24
     assert all(row is rows[i] for i, row in images.drawn.items())
