@@ -32,6 +32,14 @@ def test_more_clusters_than_images_are_not_tried():
     assert len(group_clusters(blobs(3, 2)[0], "auto", 5, 1, 0)) == len(group_clusters(blobs(3, 2)[0], 5, 5, 1, 0)) == 5
 
 
+def test_a_sample_finds_the_clusters_of_all(monkeypatch):
+    points, truth = blobs(300, 200, 100)
+    whole = group_clusters(points, 3, 6, 5, 0)
+    monkeypatch.setattr("cluster.SAMPLE", 60)
+    for k in (3, "auto"):
+        assert np.array_equal(group_clusters(points, k, 6, 5, 0), whole) and np.bincount(whole).tolist() == [300, 200, 100]
+
+
 @pytest.mark.parametrize("size", (1, 2, 9))
 def test_a_group_too_small_to_split_stays_whole(size):
     assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size
