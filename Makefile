@@ -54,20 +54,20 @@ generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embedd
   $(GENERATE) $($1.generate) \
   $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
 classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CACHED) $(CLASSIFIER) \
-  --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
+  $($(method).classify) --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
 measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
-method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$(if $(filter ffr ffr-groupdro,$1),vanilla))
+method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$(if $(filter ffr ffr-groupdro,$1),vanilla),$(if $(filter sage,$1),tokens))
 recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
 METHODS = vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES))))
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
 
 # ---- the stages: a folder is made by its command, and made again when what it needs has changed -----------------
 # (its script, shared code, the folders among its flags, or the command). $$ delays expansion until $*, its name, is known.
-needs = $(firstword $1) $(filter-out common/make.py,$(wildcard common/*.py)) $(call other,$1) \
+needs = $(firstword $1) $(filter-out common/make.py common/on_gpu.py,$(wildcard common/*.py)) $(call other,$1) \
   $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1))
 other = $(if $(subst |$(strip $1)|,,|$(strip $(file <$(@D)/command))|),FORCE)
 define run
@@ -83,7 +83,7 @@ $(DATA)/config.json: $$(call needs,$$(prepare)) | $(RUN)/.checked
 	$(call run,$(prepare))
 $(EMBEDDED)/config.json: $$(call needs,$$(embed))
 	$(call run,$(embed))
-$(RUN)/clusters/config.json $(RUN)/modes/config.json: $$(call needs,$$(call cluster,$$(notdir $$(@D))))
+$(foreach c,clusters modes pseudo,$(RUN)/$c/config.json): $$(call needs,$$(call cluster,$$(notdir $$(@D))))
 	$(call run,$(call cluster,$(notdir $(@D))))
 $(METHODS:%=$(RUN)/models/%/config.json): $(RUN)/models/%/config.json: $$(call needs,$$(call finetune,$$*))
 	$(call run,$(call finetune,$*))
@@ -109,8 +109,8 @@ $(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: \
   $(addsuffix /config.json,$(call theirs,$(firstword $(MODEL_SEEDS)))) FORCE; \
   +@$$(MAKE) --no-print-directory MODEL_SEEDS=$s $$(addsuffix /config.json,$$(call theirs,$s))))
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours of fine-tuning.
-COMMANDS = $(prepare) @@ $(embed) @@ $(call cluster,clusters) $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune), \
-  @@ $(call finetune,$m))) $(foreach r,$(RECIPES),@@ $(call classify,$r)) @@ $(evaluate) $(if $(DRAWN),@@ $(measure))
+COMMANDS = $(prepare) @@ $(embed) $(foreach c,clusters pseudo,@@ $(call cluster,$c)) @@ $(evaluate) $(if $(DRAWN),@@ $(measure)) \
+  $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune),@@ $(call finetune,$m))) $(foreach r,$(RECIPES),@@ $(call classify,$r))
 $(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.checked))|),FORCE) | .venv/installed
 	$(if $(dry),,@$(PY) common/make.py check $@ $(call quoted,$(strip $(COMMANDS))))
 

@@ -60,6 +60,8 @@ def fairness(rows, train_counts):
     attributes, classes = (sorted({row[label] for row in rows}) for label in "ay")
     correlated = {y: imagefolder.correlated_attribute(train_counts, y) for y in classes}
     conflicting = [row["prediction"] == row["y"] for row in rows if row["a"] != correlated[row["y"]]]
+    if len({imagefolder.labels_of(group)[1] for group in train_counts}) < 2:  # the training images have no attribute labels
+        conflicting = []
 
     def difference_of_rates(rows):
         parts = [[row["prediction"] for row in rows if row["a"] == a] for a in attributes]
@@ -236,6 +238,8 @@ def markdown(table, found, labels, sizes, titles, args, over):
     names = [METRICS.get(column) or f"{titles[column]}, {sizes[column]} images" for column in columns]
     text += "\n" + figures.markdown_table(["recipe", *names], [
         [recipe, *(plus_minus(*row[column]) for column in columns)] for recipe, row in table.items()])
+    if len({imagefolder.labels_of(group)[1] for group in titles}) == 1:
+        text += "\nThe data have no attribute labels: each class is one group, and the worst group is the worst class.\n"
     absent = [title for group, title in titles.items() if group not in sizes]
     if absent:
         text += (f"\n**Not estimated**: {', '.join(absent)} {'has' if len(absent) == 1 else 'have'} no {args.split} "

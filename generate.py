@@ -10,9 +10,8 @@ selected (paper, CLIP filter). An image is determined by (seed, unit, index) alo
 image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv (the selected images in the
-one format, with columns unit, clip_score, seed, prompt, negative_prompt, guidance_scale: with OUT/config.json all it takes to
-draw an image again in diffusers), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet),
-OUT/README.md (a dataset card) and OUT/config.json.
+one format, with columns unit, clip_score, and what diffusers needs to draw an image again: seed, prompt, negative_prompt,
+guidance_scale), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
 """
 
 import math
@@ -41,11 +40,10 @@ def share_out(images, weights):
 
 
 class ClipScore:
-    """How well images show their group, by CLIP: alpha * similarity to the prompt of the class + (1 - alpha) * similarity
-    to the mean embedding of the group's real training images (paper, CLIP filter), cosines both.
-
-    Where the group has no training images the first term counts alone. With --clip-threshold instead (ours): the
-    probability that CLIP gives the group's prompt among those of all groups.
+    """How well images show their group, by CLIP: alpha * similarity to the prompt of the class + (1 - alpha) * similarity to
+    the mean embedding of the group's real training images (paper, CLIP filter), cosines both.
+    Where the group has no training images the first term counts alone. With --clip-threshold instead (ours): the probability
+    that CLIP gives the group's prompt among those of all groups.
     """
 
     def __init__(self, clip, rows, prompts, args):
@@ -62,9 +60,10 @@ class ClipScore:
 
     def __call__(self, images, group):
         """Scores of PIL images that are to show this group: [float]."""
-        if self.args.clip_threshold is not None:
-            return self.clip.zero_shot(images, self.texts)[:, self.groups.index(group)].tolist()
         embeddings = self.clip.images(images)
+        self.clip.rest()  # until the next images are drawn
+        if self.args.clip_threshold is not None:
+            return self.clip.probabilities(embeddings, self.texts)[:, self.groups.index(group)].tolist()
         scores = embeddings @ self.classes[imagefolder.labels_of(group)[0]]
         if group in self.centroids:
             scores = self.args.alpha * scores + (1 - self.args.alpha) * embeddings @ self.centroids[group]
@@ -76,10 +75,8 @@ def normalised(embedding):
 
 
 def selected(candidates, share, args):
-    """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold.
-
-    Fewer than `share` if not enough have been drawn.
-    """
+    """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold; fewer than
+    `share` if not enough have been drawn."""
     sound = [row for row in candidates if not row["fault"]]
     if args.clip_threshold is not None:
         return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
@@ -195,6 +192,11 @@ def words_in(prompt, other):
     return " ".join(word for word in prompt.split() if word not in other.split())
 
 
+def splits(count, share):
+    """The split of each of `count` images: val for a share of them, evenly spread, else train."""
+    return ["val" if int((i + 1) * share) > int(i * share) else "train" for i in range(count)]
+
+
 def image_name(row):
     return f"{row['index']:05}.png"
 
@@ -216,7 +218,7 @@ def main(argv=None):
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
     score_by = [imagefolder.class_prompts(rows), args.embeddings and models.embeddings_digest(args.embeddings)]
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
-                                             "embeddings", "rare", "rare_below", "rare_guidance"), prompts, score_by,
+                                             "embeddings", "rare", "rare_below", "rare_guidance", "val_share"), prompts, score_by,
                            files.model_digest(args.base), files.model_digest(args.clip),
                            stage.code_digest(__file__, models.__file__, stage.seed_of))
     for draw in draws:
@@ -249,21 +251,21 @@ def parse(argv=None):
     count = stage.number(int, 1)
     parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
     parser.add_argument("--models", type=Path, help="output folder of finetune.py; default: vanilla, the base model itself")
-    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups, their prompts and "
-                        "sizes")
+    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups and their prompts")
     parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that filters")
     parser.add_argument("--images", type=count, default=250, help="images per group")
-    parser.add_argument("--share", choices=("size", "even"), default="size",
-                        help="how a group's images are divided among its units: by their training images, or evenly")
+    parser.add_argument("--val-share", type=stage.number(float, 0, 0.9), default=0.0, help="share of the images that become "
+                        "split val, for train_classifier.py --val synthetic")
+    parser.add_argument("--share", choices=("size", "even"), default="size", help="how a group's images are divided among its "
+                        "units: by their training images, or evenly")
     parser.add_argument("--steps", type=count, default=20, help="steps of DPM-Solver++")
-    parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0,
-                        help="classifier-free guidance; 1: none (half the cost)")
+    parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0, help="1: no guidance, half the cost")
     parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group that is not the "
                         "most common one of its class: own: models of its own; transfer: that one's models (paper); "
                         "auto: transfer if it has fewer than --rare-below training images")
     parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
-    parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0,
-                        help="guidance scale of transferred groups; above 1, their negative prompt takes effect")
+    parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0, help="guidance scale of transferred groups; "
+                        "above 1, their negative prompt takes effect")
     parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images "
                         "drawn for a unit that is kept, those with the best CLIP score (paper: 0.75); 1: no filter")
     parser.add_argument("--alpha", type=stage.number(float, 0, 1), default=0.5, help="weight of the class's prompt in the CLIP "
@@ -274,15 +276,13 @@ def parse(argv=None):
     parser.add_argument("--max-tries", type=count, default=20, help="candidates per image that is needed before giving up")
     parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of all images")
-    parser.add_argument("--drop-weights", action=stage.Flag, default=False,
-                        help="remove MODELS' weights once all images are made (a UNet of SD 1.5 is 3.4 GB)")
+    parser.add_argument("--drop-weights", action=stage.Flag, default=False, help="remove MODELS' weights once all is drawn")
     models.add_device_flags(parser)
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
-        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images",
-                         "run data/embed.py, or use --alpha 1")
+        raise InputError("--embeddings", "the CLIP score needs them for the real images", "run data/embed.py, or use --alpha 1")
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
     return args
@@ -294,7 +294,7 @@ def is_filled(path, draw, args):
 
 
 def unfinished_unit(draw, args):
-    """The hidden folder in which a unit is drawn. It begins with the images that are there for the same key."""
+    """The hidden folder in which a unit is drawn; it begins with the images that are there for the same key."""
     path, work = args.out / draw["name"], args.out / f".{draw['name']}.partial"
     if files.read_json(work / "config.json").get("key") != draw["key"]:
         files.remove(work)
@@ -319,10 +319,11 @@ def publish(draws, prompts, made_by, args, inputs):
         faults = [row["fault"] for row in considered(candidates, kept, args)]
         counts[draw["name"]] = {"kept": len(kept), "clip": faults.count("") - len(kept)} | {
             word: faults.count(word) for word in ("blank", "nan")}
-        rows += [{"file_name": f"{draw['name']}/{image_name(row)}", "split": "train", "y": y, "a": a,
+        rows += [{"file_name": f"{draw['name']}/{image_name(row)}", "split": split, "y": y, "a": a,
                   "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
                   "seed": stage.seed_of(args.seed, draw["name"], row["index"]), "prompt": draw["prompt"],
-                  "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]} for row in kept]
+                  "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]}
+                 for row, split in zip(kept, splits(len(kept), args.val_share))]
     for group in prompts:
         save_sheet(args.out / f"{group}.png", args.out, [row for row in rows if imagefolder.group_of(row) == group])
     cards.of_images(args.out / "README.md", rows, args)

@@ -10,6 +10,9 @@ network; mixed and filled train once, on real and synthetic images together. erm
 dfr and self are baselines on real images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr and
 self refit the last layer on val. None uses test. OUT/config.json says which group labels a recipe uses.
 
+Without attribute labels, `--groups` takes the pseudo-groups of cluster.py --as-attribute for groups, and `--val synthetic` the
+val images of SYNTHETIC for val. sage (Luo et al. 2026) trains on real and synthetic images together and refits the last layer.
+
 Reads DATA and SYNTHETIC, folders in the one format. Writes OUT/seed<k>/ with model.safetensors, predictions.csv
 (file_name, split, y, a, prediction, one probability per class), log.csv and config.json; last OUT/config.json.
 """
@@ -47,6 +50,7 @@ RECIPES = {
     "ffr": [Phase("synthetic", "shuffled", "cross_entropy", "all"), ERM],  # From Fake to Real, arXiv 2308.04553
     "ffr-groupdro": [Phase("synthetic", "shuffled", "cross_entropy", "all"),
                      Phase("real", "group-balanced", "group_dro", "all")],
+    "sage": [Phase("mixed", "shuffled", "cross_entropy", "all"), Phase("val", None, "deep_feature_reweighting", "last layer")],
     "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
     "two-stage-whole": [PRETRAINED, ERM],
     "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
@@ -58,8 +62,8 @@ def takes_synthetic(recipe):
     return any(phase.images in ("synthetic", "mixed", "filled") for phase in RECIPES[recipe])
 
 
-def group_labels(recipe, synthetic):
-    """Which group labels a recipe uses, such as "train, val for selection".
+def group_labels(recipe, synthetic, groups=None, val="real"):
+    """Which group labels a recipe uses, such as "train, val for selection", or "none (worst class on val for selection)".
 
     Its images count: fine-tuning on groups or clusters, and a filter that compares with groups, need those of training.
     """
@@ -68,8 +72,9 @@ def group_labels(recipe, synthetic):
     on_train = settings.get("models") or settings.get("embeddings") or any(
         phase.images == "filled" or phase.drawn in ("group-balanced", "smallest group")
         or phase.loss in ("group_weighted", "group_dro") for phase in phases)
-    trains_on_val = phases[-1].loss == "deep_feature_reweighting"
-    return "train, " * bool(on_train) + f"val for {'training' if trains_on_val else 'selection'}"
+    purpose = "training" if phases[-1].loss == "deep_feature_reweighting" else "selection"
+    used = "train, " * bool(on_train) + "synthetic " * (val == "synthetic") + f"val for {purpose}"
+    return used if groups is None else f"none (worst class: {used})" if groups == "none" else f"none (pseudo-groups: {used})"
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -208,30 +213,37 @@ def main(argv=None):
     inputs = stage.begin(args)
     phases = RECIPES[args.recipe]
     rows = {split: imagefolder.read_metadata(args.data, split) for split in imagefolder.SPLITS}
+    digests = {"data": files.digest(*(imagefolder.digest(args.data, part) for part in rows.values()))}
     synthetic = imagefolder.read_metadata(args.synthetic, "train") if args.synthetic else []
-    everything = [row for part in (*rows.values(), synthetic) for row in part]
+    chosen_on = args.synthetic if args.val == "synthetic" else args.data
+    known = {split: imagefolder.with_attributes_of(args.groups, rows[split]) for split in ("train", "val")}
+    if args.val == "synthetic":
+        known["val"] = imagefolder.read_metadata(args.synthetic, "val")
+    everything = [row for part in (*known.values(), rows["test"], synthetic) for row in part]
     groups = list(imagefolder.group_counts(everything))
     classes = 1 + max(row["y"] for row in everything)
-    print(*imagefolder.absent(rows, synthetic, classes), sep="", end="")
+    print(*imagefolder.absent(known, synthetic, classes), sep="", end="")
     for y in range(classes) if phases[-1].images == "val" else ():
-        if sum(row["y"] == y for row in rows["val"]) < 2:
-            raise InputError(args.data, f"has too few val images of class {y} for {args.recipe}", "add some")
-    digests = {"data": files.digest(*(imagefolder.digest(args.data, part) for part in rows.values()))}
+        if sum(row["y"] == y for row in known["val"]) < 2:
+            raise InputError(chosen_on, f"has too few val images of class {y} for {args.recipe}", "add some")
     if args.synthetic:
         digests["synthetic"] = imagefolder.digest(args.synthetic, synthetic)
-    key = files.digest(stage.settings_of(args, "seeds"), digests, files.model_digest(args.weights),
+    if args.groups or args.val == "synthetic":
+        digests["groups"] = files.digest(known["train"], imagefolder.digest(chosen_on, known["val"]))
+    key = files.digest(stage.settings_of(args, "seeds", "groups"), digests, files.model_digest(args.weights),
                        stage.code_digest(__file__, classifiers.__file__, pixels.Pixels, imagefolder.load_image, stage.seed_of))
     shard, shards = args.shard
     stage.claim(args, [f"seed{seed}" for seed in args.seeds[shard::shards]])
     todo = [seed for seed in args.seeds[shard::shards] if not stage.is_published(args.out / f"seed{seed}", key)]
     if todo:
         device = models.pick_device(args.device)
-        images = {"real": (real := Images(args.data, rows["train"], args.load_size, groups, args.cache))}
+        images = {"real": (real := Images(args.data, known["train"], args.load_size, groups, args.cache))}
         if synthetic:
             images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups, args.cache)
         images |= {name: real.joined(drawn, name == "filled") for name in {phase.images for phase in phases}
                    & {"mixed", "filled"}}
-        val, test = (Images(args.data, rows[split], args.load_size, groups, args.cache) for split in ("val", "test"))
+        val = Images(chosen_on, known["val"], args.load_size, groups, args.cache)
+        tested = [Images(args.data, rows[split], args.load_size, None, args.cache) for split in ("val", "test")]
         classifiers.check_network(args, classes)
         stage.start(args, {f"seed{seed}": 1 for seed in args.seeds})
     failures = []
@@ -242,14 +254,15 @@ def main(argv=None):
         except FloatingPointError as error:
             failures.append(f"train_classifier.py: error: {error}")
             continue
-        publish_seed(args.out / f"seed{seed}", model, [val, test], log, args, key, seed, begin)
+        publish_seed(args.out / f"seed{seed}", model, tested, log, args, key, seed, begin)
         print(f"{args.out.name} seed {seed}: worst-group accuracy on val {best:.3f}", flush=True)
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
         return 1
     if shards == 1:
         stage.remove_other_units(args.out, {f"seed{seed}" for seed in args.seeds})
-        stage.finish(args.out, args, key, inputs, digests=digests, group_labels=group_labels(args.recipe, args.synthetic))
+        stage.finish(args.out, args, key, inputs, digests=digests,
+                     group_labels=group_labels(args.recipe, args.synthetic, args.groups, args.val))
 
 
 def parse(argv=None):
@@ -258,6 +271,9 @@ def parse(argv=None):
     parser.add_argument("--recipe", choices=tuple(RECIPES), required=True, help="how to train, see above")
     parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     parser.add_argument("--synthetic", type=Path, help="synthetic images: output folder of generate.py")
+    parser.add_argument("--groups", type=lambda text: text if text == "none" else Path(text), help="folder of cluster.py "
+                        "--as-attribute: its attribute replaces DATA's in train and val; none: each class is one group")
+    parser.add_argument("--val", choices=("real", "synthetic"), default="real", help="val images: DATA's, or SYNTHETIC's")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the seeds to")
     parser.add_argument("--seeds", type=stage.number(int, 0), nargs="+", default=[0, 1, 2], help="one classifier each")
     parser.add_argument("--arch", default="cnn", help="cnn, for 32 pixels, or a network of torchvision (resnet50, "
@@ -293,6 +309,12 @@ def parse(argv=None):
     if takes_synthetic(args.recipe) != bool(args.synthetic):
         raise InputError("--synthetic", f"{args.recipe} {'needs' if takes_synthetic(args.recipe) else 'does not use'} "
                          "synthetic images", "generate.py writes such a folder")
+    if args.val == "synthetic" and not args.synthetic:
+        raise InputError("--val synthetic", f"{args.recipe} uses no synthetic images", "use --val real")
+    drawn_for = args.synthetic and files.read_json(args.synthetic / "config.json").get("arguments", {}).get("data")
+    if args.groups and drawn_for and args.groups != "none" and args.groups.resolve() != Path(drawn_for).resolve():
+        raise InputError(f"--groups {args.groups}", f"{args.synthetic} was drawn for the groups of {drawn_for}",
+                         "draw images for these groups")
     if args.load_size < args.resolution:
         raise InputError("--load-size", f"{args.load_size} is smaller than the resolution", "use at least the resolution")
     classifiers.check_name(args.arch)

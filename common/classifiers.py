@@ -66,7 +66,6 @@ def pretrained(arch, weights):
     """
     import torchvision  # takes seconds to import
     from safetensors.torch import load_file
-    from torchvision.transforms import v2
 
     try:
         if arch in torchvision.models.list_models(torchvision.models):
@@ -87,22 +86,44 @@ def pretrained(arch, weights):
         raise InputError(f"--arch {arch}", "has no linear last layer, or several outputs", "use another network")
     name, last = layers[-1]
     network.set_submodule(name, torch.nn.Identity())
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, in [0, 1]
-    normalize = v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())
-    return torch.nn.Sequential(normalize, network), last.in_features
+    return torch.nn.Sequential(as_for_imagenet(), network), last.in_features
+
+
+def as_for_imagenet():
+    """A layer that normalises pixels in [-1, 1] as networks trained on ImageNet expect."""
+    from torchvision.transforms import v2  # takes seconds to import
+
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # in [0, 1]
+    return v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())
+
+
+def whole_network(arch, weights, classes):
+    """A network of torchvision with its own last layer, and a .safetensors file of all its weights: pixels in [-1, 1] (B, 3, S,
+    S) -> logits (B, classes). Raises InputError if they do not fit."""
+    import torchvision  # takes seconds to import
+    from safetensors.torch import load_file
+
+    check_name(arch)
+    try:
+        network = torchvision.models.get_model(arch, weights=None, num_classes=classes)
+        network.load_state_dict(load_file(weights))
+    except Exception as error:  # OSError, SafetensorError, RuntimeError for wrong shapes
+        raise InputError(f"--weights {weights}", f"cannot be loaded: {str(error).splitlines()[0]}",
+                         f"give a .safetensors file with the whole state dict of {arch}, for {classes} classes") from None
+    return torch.nn.Sequential(as_for_imagenet(), network).eval()
 
 
 # ------------------------------------------------------------------------------------------------ the images
 
 
 class Images:
-    """The images of some rows: pixels (see Pixels), y (N,), group (N,) an index into `groups`."""
+    """The images of some rows: pixels (see Pixels), y (N,), group (N,) an index into `groups`, where these are given."""
 
     def __init__(self, data, rows, size, groups, cache=True):
         self.rows, self.errors = rows, None
         self.pixels = Pixels(data, rows, size, cache)
         self.y = torch.tensor([row["y"] for row in rows])
-        self.group = torch.tensor([groups.index(imagefolder.group_of(row)) for row in rows])
+        self.group = groups and torch.tensor([groups.index(imagefolder.group_of(row)) for row in rows])
 
     def __len__(self):
         return len(self.rows)

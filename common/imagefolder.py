@@ -115,6 +115,25 @@ def check_name(where, name):
         raise InputError(where, f"file_name {name!r} contains a backslash", "separate folders by /")
 
 
+def with_attributes_of(folder, rows):
+    """The rows with the attribute that a folder of cluster.py --as-attribute gives their images; "none": 0; None: as they are.
+
+    Raises InputError if it lacks an image."""
+    if folder in (None, "none"):
+        return rows if folder is None else [row | {"a": 0} for row in rows]
+    attributes = {row["file_name"]: row["a"] for row in read_metadata(folder)}
+    missing = [row["file_name"] for row in rows if row["file_name"] not in attributes]
+    if missing:
+        raise InputError(f"--groups {folder}", f"does not contain {missing[0]}", "run cluster.py --as-attribute for --data")
+    return [row | {"a": attributes[row["file_name"]]} for row in rows]
+
+
+def groups_drawn(synthetic, data):
+    """The dataset whose groups a synthetic set shows: DATA, or a folder of cluster.py --as-attribute."""
+    folder = files.read_json(synthetic / "config.json").get("arguments", {}).get("data")
+    return Path(folder) if folder and (Path(folder) / "metadata.csv").is_file() else data
+
+
 # --------------------------------------------------------------------------------------------------- groups
 
 

@@ -114,7 +114,7 @@ def settle(values, overrides=""):
                             f"{', '.join(recipes)}; methods: {', '.join(methods)}; or one of each, as filled+lora)")
         if len(words) > 2 or len(words) == 2 and (words[0] in drawn) == (words[1] in drawn):
             raise Wrong(f"RECIPES: {recipe}: combine one recipe and one method, as filled+lora")
-        redrawn = [word for word in words if (word, "generate") in variants]
+        redrawn = [word for word in words if (word, "generate --models") in variants]
         if redrawn and values["KEEP_WEIGHTS"] == "no":
             raise Wrong(f"KEEP_WEIGHTS=no: {redrawn[0]} needs the weights of clustered, use KEEP_WEIGHTS=yes")
     return {"BIAS": biases[0], "BIASES": unique(several), "RECIPES": unique(values["RECIPES"].split()),
@@ -138,9 +138,10 @@ def known_recipes():
     tree = ast.parse(Path("train_classifier.py").read_text(encoding="utf-8"))
     recipes = next(node.value for node in tree.body if isinstance(node, ast.Assign)
                    and getattr(node.targets[0], "id", None) == "RECIPES")
-    methods, variants = (re.findall(r"^([\w.-]+)\.(finetune|generate|recipe) *=", "\n".join(texts), re.M) for texts in (
-        [path.read_text() for path in (Path("Makefile"), *Path("data").glob("*.mk"))],
-        [Path("evaluation/experiments.mk").read_text()]))
+    methods, variants = (
+        [(name, f"{kind} --models" if "--models" in flags else kind) for name, kind, flags in re.findall(
+            r"^([\w.-]+)\.(finetune|generate|recipe) *=(.*)", "\n".join(path.read_text() for path in paths), re.M)]
+        for paths in ((Path("Makefile"), *Path("data").glob("*.mk")), (Path("evaluation/experiments.mk"),)))
     return [key.value for key in recipes.keys], ["vanilla", *(name for name, _ in methods)], variants
 
 
@@ -200,7 +201,7 @@ def check(record, commands):
 
 def status(*folders):
     """Prints one line per folder: done, running or to do, and how many of its units, images or seeds."""
-    stages = ("data", "embeddings", "clusters", "modes", "models", "synthetic", "classifiers", "images", "results")
+    stages = ("data", "embeddings", "clusters", "modes", "pseudo", "models", "synthetic", "classifiers", "images", "results")
 
     def in_order(folder):
         parts = Path(folder).parts
@@ -221,7 +222,15 @@ def progress(folder):
                min(count, len(list((folder / f".{unit}.partial").glob("*.png")))) for unit, count in wanted.items())
     kind = {"models": "units", "synthetic": "images", "classifiers": "seeds"}.get(folder.parent.name)
     parts = f"{done} of {sum(wanted.values())} {kind} done" if wanted else ""
-    return ", ".join(part for part in (parts, "running" if running else "to do") if part)
+    return ", ".join(part for part in (parts, "running" if running else "to do", time_left(folder, wanted, done)) if part)
+
+
+def time_left(folder, wanted, done):
+    """What is left of a folder's work for one process, at the rate of its finished units; nothing before the first of them."""
+    spent = {unit: files.read_json(folder / unit / "config.json").get("seconds", 0) for unit in wanted}
+    finished = sum(wanted[unit] for unit, seconds in spent.items() if seconds)
+    left = sum(spent.values()) / finished * (sum(wanted.values()) - done) if finished else 0
+    return f"about {left / 60:.0f} min left" if left >= 60 else f"about {left:.0f} s left" if left else ""
 
 
 def is_locked(folder):

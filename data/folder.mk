@@ -1,6 +1,10 @@
 # Your own images: ROOT holds them and a metadata.csv with file_name, y, a, and perhaps split and text. Copy this file
 # to data/<name>.mk, add `LOADER = folder`, and run `make DATASET=<name>`. All values are ours, to start from.
 ROOT       ?= downloads/images
+# Without a column `a` in the metadata: recipes that need no attribute labels.
+LABELLED   ?= $(shell head -qn1 "$(ROOT:~/%=$(HOME)/%)"/metadata.* 2>/dev/null | grep -E '(^|[,"])a([,"]|[[:space:]]*$$)')
+RECIPES    ?= $(if $(LABELLED),erm groupdro vanilla lora dreambooth clustered,erm-free jtt-free dfr-free sage one-free clustered-free)
+REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
 BIAS       ?= natural
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 CLIP       ?= openai/clip-vit-large-patch14

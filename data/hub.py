@@ -30,17 +30,18 @@ def read(args):
         parts = datasets.load_dataset(str(args.root), streaming=True)
         features = next(iter(parts.values())).features
     args.image = args.image or next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    for name in ("image", "y", "a"):
+    args.a = args.a or ("attribute" if "attribute" in features else None)  # None: there are no attribute labels
+    for name in ("image", "y", "a")[:2 + bool(args.a)]:
         if getattr(args, name) not in features:
             raise InputError(f"--{name} {getattr(args, name)}", f"is not a column of {args.root}",
                              f"use one of {', '.join(features)}")
     with readable(args):
-        found = [(name, i, row[args.y], row[args.a]) for name, part in parts.items()
-                 for i, row in enumerate(part.select_columns([args.y, args.a]))]
+        found = [(name, i, row[args.y], row[args.a] if args.a else 0) for name, part in parts.items()
+                 for i, row in enumerate(part.select_columns([args.y, args.a][:1 + bool(args.a)]))]
         parts = {name: part.select_columns([args.image]).cast_column(args.image, datasets.Image(decode=False))
                  for name, part in parts.items()}
         suffix = Image.open(io.BytesIO(content(next(iter(next(iter(parts.values()))))[args.image]))).format.lower()
-    (codes_y, names_y), (codes_a, names_a) = (codes_of(f"--{name} {getattr(args, name)}", features[getattr(args, name)],
+    (codes_y, names_y), (codes_a, names_a) = (codes_of(f"--{name} {getattr(args, name)}", features.get(getattr(args, name)),
                                                        {row[k] for row in found}) for name, k in (("y", 2), ("a", 3)))
     rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": SPLITS.get(name, name), "y": codes_y[y], "a": codes_a[a]}
             for name, i, y, a in found]

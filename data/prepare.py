@@ -12,9 +12,12 @@ digits      5,000 handwritten digits of MNIST, 32x32, white on a coloured backgr
 waterbirds  y = landbird, waterbird; a = land, water; its own splits
 celeba      y and a: any two of the 40 attributes; the official partition
 utkface     y = gender; a = young (up to 5) or old (20 to 50; other ages are left out), or race; splits by file name
-folder      your own images and a metadata.csv (or .jsonl) with file_name, y, a, and optionally split and text
+folder      your own images and a metadata.csv (or .jsonl) with file_name, y, and optionally a, split and text
 hub         a dataset of the Hugging Face Hub, or a local folder of parquet files, as `datasets.load_dataset` reads it; --y
             and --a name its columns; needs `pip install datasets`
+
+Without attribute labels a is 0 throughout: each class is one group (cluster.py --as-attribute finds others). --a-from is a csv
+with file_name and a of those images of a folder whose attribute is known, usually the test images.
 
 --bias natural keeps the training images as they are. A number removes training images until this share of each class has
 the attribute that is most over-represented in it; val and test are never touched.
@@ -136,7 +139,15 @@ def own_folder(args):
     """Your own images. If there is no column split, each group is split by a digest of the file names: 70 % train, 10 %
     val, 20 % test."""
     path = find(args, "metadata.csv", "metadata.jsonl")
-    rows = (read_jsonl if path.suffix == ".jsonl" else read_csv)(path, ("file_name", "y", "a"))
+    rows = (read_jsonl if path.suffix == ".jsonl" else read_csv)(path, ("file_name", "y"))
+    args.labelled = "a" in rows[0]
+    if args.a_from and args.labelled:
+        raise InputError("--a-from", f"{path} has a column 'a' already", "use one of them")
+    known = {row["file_name"]: row["a"] for row in read_csv(args.a_from, ("file_name", "a"))} if args.a_from else {}
+    strange = sorted(known.keys() - {row["file_name"] for row in rows})
+    if strange:
+        raise InputError(args.a_from, f"names {strange[0]}, which is not in {path}", "use the same file names")
+    rows = [{"a": known.get(row["file_name"], "0")} | row for row in rows]
     rows = [{f"own_{name}" if name in OF_STAGES else name: value for name, value in row.items()} for row in rows]
     top = 1 if path.suffix == ".jsonl" else 2
     for line, row in enumerate(rows, top):
@@ -155,7 +166,7 @@ def hub_dataset(args):
     """Any dataset of images and labels; splits that it lacks are cut from train by a digest of the names: val 10 % of each
     group, test 20 %."""
     write, rows, classes, attributes = hub.read(args)
-    args.classes, args.attributes = args.classes or classes, args.attributes or attributes
+    args.classes, args.attributes, args.labelled = args.classes or classes, args.attributes or attributes, bool(args.a)
     there = {row["split"] for row in rows}
     if "train" not in there:
         raise InputError(f"--root {args.root}", "has no split train", f"it has {', '.join(sorted(there))}")
@@ -269,6 +280,8 @@ def add_captions(rows, args):
     elif kind == "utkface" and args.bins != [(0, 5), (20, 50)]:
         attributes = [f"{low} to {high} years old" for low, high in args.bins]
     classes, attributes = args.classes or classes, args.attributes or attributes
+    if not (args.labelled or attributes):  # the prompt of a class is that of its groups
+        template, attributes = class_template, [""] * (1 + max(row["a"] for row in rows))
     if not (classes and attributes):
         if "text" in rows[0] and not (args.classes or args.attributes):
             return
@@ -432,7 +445,8 @@ def parse(argv=None):
     parser.add_argument("--attribute", help="celeba: the attribute, one of the 40, default Male; utkface: age or race")
     parser.add_argument("--image", help="hub: the column of the images; default: the first of that kind")
     parser.add_argument("--y", default="label", help="hub: the column of the class: numbers, texts, or true and false")
-    parser.add_argument("--a", default="attribute", help="hub: the column of the attribute")
+    parser.add_argument("--a", help="hub: the column of the attribute; default: attribute, if there is such a column")
+    parser.add_argument("--a-from", type=Path, help="folder: a csv with file_name and a, for some of the images")
     parser.add_argument("--bins", type=years, nargs="+", default=[(0, 5), (20, 50)], metavar="LOW-HIGH",
                         help="utkface: ages in years, both ends included; default 0-5 20-50 (From Fake to Real)")
     parser.add_argument("--classes", nargs="+", help="names of the classes in the captions, from 0 on")
@@ -441,6 +455,7 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="digits: seed of the splits and the colours")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
+    args.labelled = True
     if args.bias is None:
         args.bias = 0.95 if args.dataset == "digits" else "natural"
     if args.dataset == "digits" and args.bias == "natural":

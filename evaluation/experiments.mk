@@ -1,3 +1,6 @@
+# GPUS=8: every command gets a GPU of its own among the first 8.
+LAUNCH ?= $(if $(GPUS),$(PYTHON) common/on_gpu.py $(GPUS))
+
 # Experiments of several runs, or of more recipes.
 sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
@@ -14,6 +17,39 @@ paper:
 	  $(filter $(lastword $(PAPER_BIASES)),$(BIAS)),$(PAPER_SEVERE))" SEEDS="0 1 2 3 4" \
 	  MODEL_SEEDS="$(PAPER_SEEDS)" REFERENCES="erm groupdro vanilla dreambooth" &&) true
 	$(PY) evaluation/paper.py --results $(foreach BIAS,$(PAPER_BIASES),$(RUN)/results) --out runs/$(DATASET)-paper
+
+# Without attribute labels: the groups are the pseudo-groups of cluster.py, and an attribute that DATA has serves only to test.
+# sage (Luo et al. 2026) and tokens use images of one LoRA with a learned word for each pseudo-group, one-free those of one
+# DreamBooth, clustered-free those of a DreamBooth for each pseudo-group, vanilla-free those of the base model.
+PSEUDO ?= --within dataset
+TOKENS ?= --steps 300 --balance 0.25
+FREE    = --groups $(RUN)/pseudo
+drawn   = --data $(RUN)/pseudo --val-share 0.25 --rare own
+pseudo.cluster          = --as-attribute --clip "$(CLIP)" $(PSEUDO)
+tokens.finetune         = --method lora --per dataset --learn-identifiers --data $(RUN)/pseudo $(LORA) $(TOKENS)
+one-free.finetune       = --method dreambooth --per dataset --learn-identifiers --data $(RUN)/pseudo $(COMPOSITIONAL)
+clustered-free.finetune = --method dreambooth --per group --data $(RUN)/pseudo --prior $(RUN)/synthetic/vanilla-free $(DREAMBOOTH)
+vanilla-free.generate   = $(drawn)
+tokens.generate         = $(drawn)
+one-free.generate       = $(drawn)
+clustered-free.generate = $(drawn)
+vanilla-free.classify   = $(FREE)
+tokens.classify         = $(FREE)
+one-free.classify       = $(FREE)
+clustered-free.classify = $(FREE)
+erm-free.recipe         = erm $(FREE)
+jtt-free.recipe         = jtt $(FREE)
+groupdro-free.recipe    = groupdro $(FREE)
+dfr-free.recipe         = dfr $(FREE)
+sage.recipe             = sage --val synthetic
+dfr-synthetic.recipe    = two-stage-dfr --val synthetic
+
+# What is wrong with a classifier: PREDICTIONS is a csv with file_name and prediction, or a folder of train_classifier.py.
+PREDICTIONS ?= $(RUN)/classifiers/erm
+failed = evaluation/failures.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" --predictions $(PREDICTIONS) $(FAILURES)
+$(RUN)/failures/config.json: evaluation/failures.html evaluation/page.html $$(call needs,$$(failed))
+	$(call run,$(failed))
+failures: $(RUN)/failures/config.json
 
 # `make dryrun` tells what a run will cost on this machine: one unit of every stage, on random images and models.
 dryrun: .venv/installed

@@ -66,16 +66,24 @@ def cost_against_size(path, rows):
 
 
 def images_by_group(path, titles, data, synthetic):
-    """A row of 16 images per group and source: real training images, then each synthetic set. titles: {group: name}."""
-    lines, labels = [], []
-    sources = {"real": data} | {source.name: source for source in synthetic}
-    rows = {name: imagefolder.read_metadata(source, "train") for name, source in sources.items()}
-    for group, title in titles.items():
-        for name, source in sources.items():
-            members = [row for row in rows[name] if imagefolder.group_of(row) == group]
-            chosen = members[::max(1, len(members) // 16)][:16]
-            lines.append([imagefolder.load_image(source / row["file_name"], 64) for row in chosen])
-            labels.append(f"{title}: {name}")
+    """A row of 16 images per group and source: real training images, then each synthetic set. titles: {group: name}.
+
+    Sets that show pseudo-groups follow, below the real images of these.
+    """
+    lines, labels, shown = [], [], {data: []}
+    for source in synthetic:
+        folder = imagefolder.groups_drawn(source, data)
+        shown.setdefault(data if folder.resolve() == data.resolve() else folder, []).append(source)
+    for folder, sources in shown.items():
+        sources = {"real": folder} | {source.name: source for source in sources}
+        rows = {name: imagefolder.read_metadata(source, "train") for name, source in sources.items()}
+        names = titles if folder == data else {group: f"pseudo-group {group}" for group in imagefolder.group_counts(rows["real"])}
+        for group, title in names.items():
+            for name, source in sources.items():
+                members = [row for row in rows[name] if imagefolder.group_of(row) == group]
+                chosen = members[::max(1, len(members) // 16)][:16]
+                lines.append([imagefolder.load_image(source / row["file_name"], 64) for row in chosen])
+                labels.append(f"{title}: {name}")
     imagefolder.contact_sheet(lines, labels).save(path)
 
 

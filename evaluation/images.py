@@ -112,12 +112,13 @@ def claims(rows, embeddings, prompts):
     """Shares of images whose class, and whose attribute, CLIP recognises as claimed, zero-shot.
 
     prompts: {group: embedding of its prompt}. CLIP chooses the group whose prompt is nearest to the image; the class is
-    correct if that group's is.
+    correct if that group's is. Where groups share a prompt, as pseudo-groups do, the attribute is unknown: "".
     """
     labels = np.array([imagefolder.labels_of(group) for group in prompts])
     chosen = labels[(embeddings @ np.stack(list(prompts.values())).T).argmax(1)]
     correct = chosen == [(row["y"], row["a"]) for row in rows]
-    return dict(zip(("clip_class", "clip_attribute"), correct.mean(0).tolist()))
+    alike = len({tuple(prompt) for prompt in prompts.values()}) < len(prompts)
+    return dict(zip(("clip_class", "clip_attribute"), correct.mean(0).tolist())) | ({"clip_attribute": ""} if alike else {})
 
 
 # --------------------------------------------------------------------- linear probes; rows: of metadata, with y and a
@@ -307,10 +308,16 @@ def main(argv=None):
         for source, rows in sets.items():
             embeddings = models.embed_images(clip, source, rows, args.batch, args.cache)
             counts = files.read_json(source / "config.json").get("counts", {})
-            mine = group_rows(source.name, rows, embeddings, real, counts, titles)
+            of, its_prompts = real, prompts
+            if (folder := imagefolder.groups_drawn(source, args.data)).resolve() != args.data.resolve():  # pseudo-groups
+                of = {name: (imagefolder.with_attributes_of(folder, part), found) for name, (part, found) in real.items()}
+                its_prompts = imagefolder.group_prompts(imagefolder.read_metadata(folder))
+                its_prompts = dict(zip(its_prompts, clip.texts(list(its_prompts.values())).numpy()))
+            names = titles if of is real else {}
+            mine = group_rows(source.name, rows, embeddings, of, counts, names)
             groups += mine
-            table.append(set_row(source.name, rows, embeddings, mine, prompts))
-            save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data, *real["train"], titles)
+            table.append(set_row(source.name, rows, embeddings, mine, its_prompts))
+            save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data, *of["train"], names)
         files.write_csv(out / "groups.csv", groups)
         files.write_csv(out / "synthetic.csv", table)
         files.write_csv(out / "cost.csv", [cost(source) for source in sets])

@@ -360,3 +360,40 @@ def test_status_counts_no_more_images_than_are_wanted(tmp_path):
     files.write_json(synthetic / ".stage", {"wanted": {"y0-a0": 6, "y0-a1": 6}})
     done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
     assert done.stdout.endswith("10 of 12 images done, to do\n")
+    done_unit = synthetic / "y0-a0"
+    files.write_json(done_unit / "config.json", {"seconds": 300})  # 6 images
+    done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
+    assert done.stdout.endswith("10 of 12 images done, to do, about 2 min left\n")
+
+
+# ---------------------------------------------------------------------------------------------- several GPUs
+
+
+def on_gpu(code, **variables):
+    return subprocess.Popen([sys.executable, ROOT / "common" / "on_gpu.py", "2", sys.executable, "-u", "-c",
+                             f"import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); {code}"],
+                            stdout=subprocess.PIPE, text=True, env=os.environ | variables)
+
+
+def test_each_command_has_a_gpu_of_its_own_and_a_killed_one_frees_it(tmp_path):
+    first, second = (on_gpu("time.sleep(60)", TMPDIR=str(tmp_path)) for _ in range(2))
+    held = [process.stdout.readline().strip() for process in (first, second)]
+    assert sorted(held) == ["0", "1"]
+    third = on_gpu("pass", TMPDIR=str(tmp_path))
+    time.sleep(0.5)
+    assert third.poll() is None  # it waits
+    second.kill()
+    second.wait()
+    assert third.communicate(timeout=30)[0].strip() == held[1] and third.returncode == 0
+    first.kill()
+    first.wait()
+
+
+def test_gpus_that_are_visible_are_shared_out(tmp_path):
+    done = on_gpu("pass", TMPDIR=str(tmp_path), CUDA_VISIBLE_DEVICES="5,7")
+    assert done.communicate(timeout=30)[0].strip() == "5"
+
+
+def test_gpus_stand_before_every_command(house):
+    lines = [line for line in make(house, "-n", "GPUS=2", "BIAS=0.9").splitlines() if "--out" in line]
+    assert lines and all(".venv/bin/python" in line and "common/on_gpu.py 2 " in line for line in lines)
