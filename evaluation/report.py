@@ -122,7 +122,7 @@ def main(argv=None):
                     "figure": path.parent / "worst_group.png",
                     "accuracies": accuracies_table(path.parent, args.run / "ablations" / "synthetic", sizes, titles)}
                    for path in sorted((args.run / "ablations").glob("*/intervals.csv"))],
-        clusters={title: sheets for name, title in (("clusters", "each group"), ("modes", "each class"))
+        clusters={title: sheets for name, title in (("clusters", "each group"), ("modes", "each class"), ("pseudo", "all classes"))
                   if (sheets := sorted((args.run / name).glob("*.png")))},
         costs=costs_table(args.run), settings=settings_of(args.run))
     with files.replacing(args.out) as hidden:

@@ -1,0 +1,186 @@
+"""What is wrong with my classifier? One page about the images that it fails on, without any attribute label.
+
+    python evaluation/failures.py --data data/dogs-natural --embeddings runs/dogs-natural/embeddings --clip $CLIP \\
+        --predictions ~/predictions.csv --words "on grass" "on snow" "at night" --out runs/dogs-natural/failures
+    python evaluation/failures.py ... --weights ~/resnet18.safetensors --arch resnet18 --out runs/dogs-natural/failures
+
+The images that have a prediction are clustered across classes, as by cluster.py --within dataset; an image's pseudo-group is
+its class and its cluster. Per pseudo-group the page tells the accuracy, whether it is significantly below that of the rest of
+the class, images, and which of --words CLIP finds more in it than in the rest of the class.
+
+Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file_name, as in DATA or in the folder that DATA was made from, and
+prediction, the class; or a folder of train_classifier.py, whose first seed is taken), or WEIGHTS, the whole state dict of a
+network of torchvision. Writes OUT/failures.html, OUT/groups.csv and OUT/config.json.
+"""
+
+import base64
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+import cluster
+from common import classifiers, files, imagefolder, models, pixels, stage
+from common.files import InputError
+from evaluation.report import environment
+
+np = stage.lazy("numpy")
+torch = stage.lazy("torch")
+
+WORDS = ("indoors", "outdoors", "on water", "on land", "on grass", "in snow", "in a forest", "in a street", "at night",
+         "a person", "a hand", "text", "red", "green", "blue", "dark", "bright", "black and white", "a drawing")
+
+# ---------------------------------------------------------------------------------------------- the method
+
+
+def compared(correct, inside):
+    """Is the accuracy inside a group below that outside? correct, inside: (N,) bool.
+
+    Returns (accuracy inside, accuracy outside, one-sided p of Fisher's exact test); NaN and 1 if one side has no image.
+    """
+    from scipy.stats import fisher_exact
+
+    table = [[int((correct[side] == hit).sum()) for hit in (True, False)] for side in (inside, ~inside)]
+    shares = [hits / (hits + misses) if hits + misses else float("nan") for hits, misses in table]
+    return *shares, float(fisher_exact(table, "less").pvalue)
+
+
+def found_more(embeddings, inside, texts):
+    """How much more similar to each text the images inside are than those outside, in standard deviations: (M,) array.
+
+    embeddings: (N, D), texts: (M, D), both of unit length; inside: (N,) bool.
+    """
+    similarity = embeddings @ texts.T
+    difference = similarity[inside].mean(0) - similarity[~inside].mean(0)
+    return difference / np.maximum(similarity.std(0), 1e-9)
+
+
+def groups_of(rows, embeddings, words, texts, args):
+    """A row per pseudo-group, the worst first: class, cluster, images, accuracy, rest (that of the other images of its class),
+    p, words, and the indices of its members."""
+    y = np.array([row["y"] for row in rows])
+    correct = np.array([row["prediction"] for row in rows]) == y
+    labels = np.array(cluster.group_clusters(embeddings, args.k, args.k_max, args.min_size, 0))
+    found = []
+    for c in np.unique(y):
+        members = np.flatnonzero(y == c)
+        for label in np.unique(labels[members]):
+            inside = labels[members] == label
+            accuracy, rest, p = compared(correct[members], inside)
+            more = found_more(embeddings[members], inside, texts) if not inside.all() else np.zeros(len(words))
+            best = [i for i in np.argsort(-more)[:3] if more[i] > 0.5]
+            found.append({"class": int(c), "cluster": int(label), "images": int(inside.sum()), "accuracy": round(accuracy, 4),
+                          "rest": round(rest, 4), "p": p, "words": ", ".join(f"{words[i]} ({more[i]:+.1f})" for i in best),
+                          "members": members[inside]})
+    return sorted(found, key=lambda group: group["accuracy"])
+
+
+# ------------------------------------------------------------------------------------------- the predictions
+
+
+def with_predictions(rows, args):
+    """The rows of DATA that have a prediction, with it as int."""
+    path = args.predictions
+    if path.is_dir():
+        path = min(path.glob("seed*/predictions.csv"), key=lambda path: int(path.parent.name[4:]), default=path / "seed0")
+    if not path.is_file():
+        raise InputError(path, "not found", "give a csv with file_name and prediction, or a folder of train_classifier.py")
+    predicted = {row["file_name"]: imagefolder.as_label(f"{path}, row {line}", "prediction", row["prediction"])
+                 for line, row in enumerate(imagefolder.read_table(path, ("file_name", "prediction")), 2)}
+    found = [row | {"prediction": predicted[name]} for row in rows
+             for name in (row["file_name"], row["file_name"].removeprefix("images/")) if name in predicted]
+    if not found:
+        raise InputError(path, f"names no image of {args.data}", "write file_name as in its metadata.csv")
+    if len(found) < len(predicted):
+        print(f"note: {len(predicted) - len(found)} of {len(predicted)} predictions are of images that DATA does not contain")
+    return found
+
+
+def with_classifier(rows, args):
+    """The rows of split val and test with the prediction of a network of torchvision, normalised as for ImageNet."""
+    rows = [row for row in rows if row["split"] != "train"]
+    model = classifiers.whole_network(args.arch, args.weights, 1 + max(row["y"] for row in rows))
+    images = pixels.Pixels(args.data, rows, args.resolution)
+    with torch.no_grad():
+        predicted = torch.cat([model(classifiers.to_input(images[part], args.resolution)).argmax(1)
+                               for part in torch.arange(len(rows)).split(64)])
+    return [row | {"prediction": int(label)} for row, label in zip(rows, predicted)]
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def main(argv=None):
+    args = parse(argv)
+    inputs = stage.begin(args)
+    rows = imagefolder.read_metadata(args.data)
+    names = {y: texts[0].removeprefix("a photo of ") for y, texts in imagefolder.class_prompts(rows).items()}
+    rows = with_predictions(rows, args) if args.predictions else with_classifier(rows, args)
+    embeddings = models.read_embeddings(args.embeddings, rows)
+    texts = models.Clip(args.clip, models.pick_device(args.device)).texts(list(args.words)).numpy()
+    groups = groups_of(rows, embeddings, args.words, texts, args)
+    failing = [group for group in groups if group["p"] < 0.05 / len(groups)]  # Bonferroni: as many tests as groups
+    for group in groups:
+        group["name"] = f"{names[group['class']]}, cluster {group['cluster']}"
+        wrong = [i for i in group["members"] if rows[i]["prediction"] != rows[i]["y"]]
+        right = [i for i in group["members"] if rows[i]["prediction"] == rows[i]["y"]]
+        group["sheet"] = sheet([("wrong", wrong), ("right", right)], rows, args.data)
+    accuracy = sum(row["prediction"] == row["y"] for row in rows) / len(rows)
+    dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
+    target = f"DATASET={dataset} BIAS={bias}" if dash else f"DATASET={bias}"
+    page = environment().get_template("failures.html").render(
+        data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}", groups=[table_row(group) for group in groups],
+        failing=failing, sheets=groups, classifier=args.predictions or args.weights, words=args.words,
+        command=f'make {target} RECIPES="erm-free dfr-free clustered-free"')
+    with files.replacing(args.out) as out:
+        out.mkdir(parents=True)
+        (out / "failures.html").write_text(page, encoding="utf-8")
+        columns = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")
+        files.write_csv(out / "groups.csv", [{name: group[name] for name in columns} for group in groups])
+        stage.finish(out, args, files.digest(page), inputs)
+    print(f"{len(rows)} images, accuracy {accuracy:.3f}; it fails on {len(failing)} of {len(groups)} pseudo-groups")
+    for group in failing:
+        print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, rest of the class "
+              f"{group['rest']:.3f}; more of: {group['words'] or 'none of the words'}")
+    print(f"see {args.out / 'failures.html'}")
+
+
+def table_row(group):
+    return {"pseudo-group": group["name"], "images": group["images"], "accuracy": f"{group['accuracy']:.3f}",
+            "rest of its class": f"{group['rest']:.3f}", "p": f"{group['p']:.1e}",
+            "more of (standard deviations)": group["words"]}
+
+
+def sheet(lines, rows, data):
+    """A contact sheet in base64: a row of up to 16 images per line (label, indices)."""
+    shown = [indices[::max(1, len(indices) // 16)][:16] for _, indices in lines]
+    images = [[imagefolder.load_image(data / rows[i]["file_name"], 64) for i in indices] for indices in shown]
+    picture = io.BytesIO()
+    imagefolder.contact_sheet(images, [f"{label} ({len(indices)})" for label, indices in lines]).save(picture, "png")
+    return base64.b64encode(picture.getvalue()).decode()
+
+
+def parse(argv=None):
+    parser = stage.Parser(__file__, __doc__)
+    count = stage.number(int, 1)
+    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
+    parser.add_argument("--embeddings", type=Path, required=True, help="of its images: output folder of data/embed.py")
+    parser.add_argument("--clip", required=True, help="the CLIP model of the embeddings, a folder or hub id")
+    parser.add_argument("--predictions", type=Path, help="csv with file_name and prediction, or folder of train_classifier.py")
+    parser.add_argument("--weights", type=Path, help="instead: .safetensors with the state dict of --arch, for val and test")
+    parser.add_argument("--arch", default="resnet50", help="of --weights: a network of torchvision")
+    parser.add_argument("--resolution", type=count, default=224, help="of --weights: pixels per side")
+    parser.add_argument("--words", nargs="+", default=list(WORDS), help="what CLIP looks for")
+    parser.add_argument("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto by the silhouette")
+    parser.add_argument("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
+    parser.add_argument("--min-size", type=count, default=10, help="smallest number of images in a cluster")
+    models.add_device_flags(parser, precision=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    if bool(args.predictions) == bool(args.weights):
+        raise InputError("--predictions, --weights", "one of them is needed", "give predictions, or weights and --arch")
+    return args
+
+
+if __name__ == "__main__":
+    stage.run(main)
