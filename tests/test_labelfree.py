@@ -318,7 +318,7 @@ def test_make_runs_a_folder_without_attribute_labels(tmp_path):
     files.write_csv(data / "metadata.csv", [{name: row[name] for name in ("file_name", "y", "split")} for row in rows])
     shutil.copy(ROOT / "data" / "folder.mk", house / "data" / "mine.mk")
     args = ("DATASET=mine", "LOADER=folder", f"ROOT={data}", "PREPARE=--classes even odd", "BASE=base/miniature", "SEEDS=0",
-            "CLIP=base/miniature/clip", "IMAGES=4", "EPOCHS=1", "CLUSTER=--min-size 3", "LORA=--steps 1", "CLASSIFIER=",
+            "CLIP=base/miniature/clip", "IMAGES=4", "EPOCHS=1", "CLUSTER=--min-size 3", "LORA=--steps 1", "TOKENS=", "CLASSIFIER=",
             "DREAMBOOTH=--steps 1", "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
     text = make(house, *args)
     assert "| sage |" in text and "| clustered-free |" in text and "| erm-free |" in text and "each class is one group" in text
