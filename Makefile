@@ -60,7 +60,7 @@ measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
-method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$(if $(filter ffr ffr-groupdro,$1),vanilla),$(if $(filter sage,$1),tokens))
+method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$($1.images))
 recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
 METHODS = vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES))))
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
@@ -95,7 +95,7 @@ $(RUN)/images/config.json: $$(call needs,$$(measure)) | $(RUN)/results/config.js
 	$(call run,$(measure))
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
 	$(call run,$(evaluate))
-$(RUN)/results/report.html: $(wildcard evaluation/report.*) $(RUN)/results/config.json \
+$(RUN)/results/report.html: $(wildcard evaluation/report.* evaluation/page.html) $(RUN)/results/config.json \
   $(if $(DRAWN),$(RUN)/images/config.json) $(if $(shell \
   find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)
 	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@

@@ -22,9 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-from common import cards, files, imagefolder, latents, models, pixels, stage
+from common import cards, files, imagefolder, models, pixels, stage
 from common.checkpoint import Checkpoint
 from common.files import InputError
+from common.latents import Images
 
 torch = stage.lazy("torch")
 # diffusers and peft take seconds to import, so the functions that need them import them
@@ -148,8 +149,8 @@ class Unit:
         self.name, self.rows, self.templates, self.prior_rows = name, rows, templates, prior_rows
         self.identifiers = sorted({identifier(row, args) for row in rows})
         self.prompts = [template.replace("{text}", row["text"]) for template, row in zip(templates, rows)]
-        self.images = latents.Images(args.data, rows, self.prompts, (args.seed, name), args, args.balance)
-        self.prior = prior_rows and latents.Images(args.prior, prior_rows, [row["text"] for row in prior_rows],
+        self.images = Images(args.data, rows, self.prompts, (args.seed, name), args, args.balance)
+        self.prior = prior_rows and Images(args.prior, prior_rows, [row["text"] for row in prior_rows],
                                            (args.seed, name, "prior"), args)
         self.parts = [self.images, self.prior] if self.prior else [self.images]
 
@@ -199,7 +200,7 @@ def main(argv=None):
         if args.prior and not unit.prior_rows:
             raise InputError(args.prior, f"has no class images for {unit.title}", "generate them for this --data")
     base = files.model_digest(args.base)
-    code = stage.code_digest(__file__, models.__file__, latents.__file__, imagefolder.load_image, stage.seed_of)
+    code = stage.code_digest(__file__, models.__file__, Images, imagefolder.load_image, stage.seed_of)
     for unit in units:
         unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every"), base, code, unit.prompts,
                                 imagefolder.digest(args.data, unit.rows),

@@ -282,7 +282,7 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
-        raise InputError("--embeddings", "the CLIP score needs them for the real images", "run data/embed.py, or use --alpha 1")
+        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images", "run data/embed.py, or use --alpha 1")
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
     return args

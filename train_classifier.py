@@ -63,7 +63,7 @@ def takes_synthetic(recipe):
 
 
 def group_labels(recipe, synthetic, groups=None, val="real"):
-    """Which group labels a recipe uses, such as "train, val for selection", or "none (worst class on val for selection)".
+    """Which group labels a recipe uses, such as "train, val for selection", or "none (worst class: val for selection)".
 
     Its images count: fine-tuning on groups or clusters, and a filter that compares with groups, need those of training.
     """
@@ -216,7 +216,8 @@ def main(argv=None):
     digests = {"data": files.digest(*(imagefolder.digest(args.data, part) for part in rows.values()))}
     synthetic = imagefolder.read_metadata(args.synthetic, "train") if args.synthetic else []
     chosen_on = args.synthetic if args.val == "synthetic" else args.data
-    known = {split: imagefolder.with_attributes_of(args.groups, rows[split]) for split in ("train", "val")}
+    relabelled = imagefolder.with_attributes_of(args.groups, rows["train"] + rows["val"])
+    known = {split: [row for row in relabelled if row["split"] == split] for split in ("train", "val")}
     if args.val == "synthetic":
         known["val"] = imagefolder.read_metadata(args.synthetic, "val")
     everything = [row for part in (*known.values(), rows["test"], synthetic) for row in part]

@@ -129,9 +129,9 @@ def with_attributes_of(folder, rows):
 
 
 def groups_drawn(synthetic, data):
-    """The dataset whose groups a synthetic set shows: DATA, or a folder of cluster.py --as-attribute."""
-    folder = files.read_json(synthetic / "config.json").get("arguments", {}).get("data")
-    return Path(folder) if folder and (Path(folder) / "metadata.csv").is_file() else data
+    """The dataset whose groups a synthetic set shows: `data` itself, or a folder of cluster.py --as-attribute."""
+    folder = Path(files.read_json(synthetic / "config.json").get("arguments", {}).get("data", data))
+    return folder if (folder / "metadata.csv").is_file() and folder.resolve() != data.resolve() else data
 
 
 # --------------------------------------------------------------------------------------------------- groups

@@ -140,7 +140,7 @@ class Base:
         self.tokenizer, self.text_encoder, self.vae, self.unet = pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.unet
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._embeds, self.tokens, self.learned = {}, [], None
+        self._embeds, self.tokens, self.learned = {}, [], ()
         for part in (self.text_encoder, self.vae, self.unet):
             part.requires_grad_(False)
         self.unet.to(device)
@@ -192,7 +192,7 @@ class Base:
 
     def prompt_embeds(self, prompts):
         """(len(prompts), tokens, D); computed once per prompt unless the text encoder or a token is being trained."""
-        training = self.learned is not None or any(weight.requires_grad for weight in self.text_encoder.parameters())
+        training = bool(self.tokens) or any(weight.requires_grad for weight in self.text_encoder.parameters())
         embeds = {} if training else self._embeds
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
         if missing:
@@ -215,7 +215,7 @@ def save_weights(out, base, method, dtype, text_encoder):
     from safetensors.torch import save_file
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    for token, embedding in zip(base.tokens, base.learned if base.tokens else ()):
+    for token, embedding in zip(base.tokens, base.learned):
         (out / TOKENS).mkdir(parents=True, exist_ok=True)
         save_file({token: embedding.detach().cpu()}, out / TOKENS / f"{token.strip('<>')}.safetensors")
     if method == "lora":  # the metadata hold alpha: without it diffusers scales the update by 1

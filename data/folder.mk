@@ -2,7 +2,9 @@
 # to data/<name>.mk, add `LOADER = folder`, and run `make DATASET=<name>`. All values are ours, to start from.
 ROOT       ?= downloads/images
 # Without a column `a` in the metadata: recipes that need no attribute labels.
-LABELLED   ?= $(shell head -qn1 "$(ROOT:~/%=$(HOME)/%)"/metadata.* 2>/dev/null | grep -E '(^|[,"])a([,"]|[[:space:]]*$$)')
+ifeq ($(origin LABELLED),undefined)
+LABELLED   := $(shell head -qn1 "$(ROOT:~/%=$(HOME)/%)"/metadata.* 2>/dev/null | grep -E '(^|[,"])a([,"]|[[:space:]]*$$)')
+endif
 RECIPES    ?= $(if $(LABELLED),erm groupdro vanilla lora dreambooth clustered,erm-free jtt-free dfr-free sage one-free clustered-free)
 REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
 BIAS       ?= natural

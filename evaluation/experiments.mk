@@ -1,6 +1,11 @@
 # GPUS=8: every command gets a GPU of its own among the first 8.
 LAUNCH ?= $(if $(GPUS),$(PYTHON) common/on_gpu.py $(GPUS))
 
+# Recipes of train_classifier.py that have images of their own.
+ffr.images          = vanilla
+ffr-groupdro.images = vanilla
+sage.images         = tokens
+
 # Experiments of several runs, or of more recipes.
 sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) $(RUN)/results/config.json &&) true
@@ -23,16 +28,16 @@ paper:
 # DreamBooth, clustered-free those of a DreamBooth for each pseudo-group, vanilla-free those of the base model.
 PSEUDO ?= --within dataset
 TOKENS ?= --steps 300 --balance 0.25
-FREE    = --groups $(RUN)/pseudo
-drawn   = --data $(RUN)/pseudo --val-share 0.25 --rare own
+FREE      = --groups $(RUN)/pseudo
+on-pseudo = --data $(RUN)/pseudo --val-share 0.25 --rare own
 pseudo.cluster          = --as-attribute --clip "$(CLIP)" $(PSEUDO)
 tokens.finetune         = --method lora --per dataset --learn-identifiers --data $(RUN)/pseudo $(LORA) $(TOKENS)
 one-free.finetune       = --method dreambooth --per dataset --learn-identifiers --data $(RUN)/pseudo $(COMPOSITIONAL)
 clustered-free.finetune = --method dreambooth --per group --data $(RUN)/pseudo --prior $(RUN)/synthetic/vanilla-free $(DREAMBOOTH)
-vanilla-free.generate   = $(drawn)
-tokens.generate         = $(drawn)
-one-free.generate       = $(drawn)
-clustered-free.generate = $(drawn)
+vanilla-free.generate   = $(on-pseudo)
+tokens.generate         = $(on-pseudo)
+one-free.generate       = $(on-pseudo)
+clustered-free.generate = $(on-pseudo)
 vanilla-free.classify   = $(FREE)
 tokens.classify         = $(FREE)
 one-free.classify       = $(FREE)

@@ -10,11 +10,9 @@ the class, images, and which of --words CLIP finds more in it than in the rest o
 
 Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file_name, as in DATA or in the folder that DATA was made from, and
 prediction, the class; or a folder of train_classifier.py, whose first seed is taken), or WEIGHTS, the whole state dict of a
-network of torchvision. Writes OUT/failures.html, OUT/groups.csv and OUT/config.json.
+network of torchvision. Writes OUT/failures.html, OUT/groups.csv, a sheet of images per pseudo-group and OUT/config.json.
 """
 
-import base64
-import io
 import sys
 from pathlib import Path
 
@@ -122,18 +120,18 @@ def main(argv=None):
     failing = [group for group in groups if group["p"] < 0.05 / len(groups)]  # Bonferroni: as many tests as groups
     for group in groups:
         group["name"] = f"{names[group['class']]}, cluster {group['cluster']}"
-        wrong = [i for i in group["members"] if rows[i]["prediction"] != rows[i]["y"]]
-        right = [i for i in group["members"] if rows[i]["prediction"] == rows[i]["y"]]
-        group["sheet"] = sheet([("wrong", wrong), ("right", right)], rows, args.data)
     accuracy = sum(row["prediction"] == row["y"] for row in rows) / len(rows)
     dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
     target = f"DATASET={dataset} BIAS={bias}" if dash else f"DATASET={bias}"
-    page = environment().get_template("failures.html").render(
-        data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}", groups=[table_row(group) for group in groups],
-        failing=failing, sheets=groups, classifier=args.predictions or args.weights, words=args.words,
-        command=f'make {target} RECIPES="erm-free dfr-free clustered-free"')
     with files.replacing(args.out) as out:
         out.mkdir(parents=True)
+        for group in groups:
+            group["sheet"] = out / f"y{group['class']}-c{group['cluster']}.png"
+            save_sheet(group["sheet"], [rows[i] for i in group["members"]], args.data)
+        page = environment().get_template("failures.html").render(
+            data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}", groups=[table_row(group) for group in groups],
+            failing=failing, sheets=groups, classifier=args.predictions or args.weights, words=args.words,
+            command=f'make {target} RECIPES="erm-free dfr-free clustered-free"')
         (out / "failures.html").write_text(page, encoding="utf-8")
         columns = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")
         files.write_csv(out / "groups.csv", [{name: group[name] for name in columns} for group in groups])
@@ -151,13 +149,13 @@ def table_row(group):
             "more of (standard deviations)": group["words"]}
 
 
-def sheet(lines, rows, data):
-    """A contact sheet in base64: a row of up to 16 images per line (label, indices)."""
-    shown = [indices[::max(1, len(indices) // 16)][:16] for _, indices in lines]
-    images = [[imagefolder.load_image(data / rows[i]["file_name"], 64) for i in indices] for indices in shown]
-    picture = io.BytesIO()
-    imagefolder.contact_sheet(images, [f"{label} ({len(indices)})" for label, indices in lines]).save(picture, "png")
-    return base64.b64encode(picture.getvalue()).decode()
+def save_sheet(path, rows, data):
+    """Up to 16 images that the classifier gets wrong, and as many that it gets right."""
+    lines = {"wrong": [row for row in rows if row["prediction"] != row["y"]],
+             "right": [row for row in rows if row["prediction"] == row["y"]]}
+    images = [[imagefolder.load_image(data / row["file_name"], 64) for row in members[::max(1, len(members) // 16)][:16]]
+              for members in lines.values()]
+    imagefolder.contact_sheet(images, [f"{label} ({len(members)})" for label, members in lines.items()]).save(path)
 
 
 def parse(argv=None):

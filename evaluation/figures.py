@@ -72,8 +72,7 @@ def images_by_group(path, titles, data, synthetic):
     """
     lines, labels, shown = [], [], {data: []}
     for source in synthetic:
-        folder = imagefolder.groups_drawn(source, data)
-        shown.setdefault(data if folder.resolve() == data.resolve() else folder, []).append(source)
+        shown.setdefault(imagefolder.groups_drawn(source, data), []).append(source)
     for folder, sources in shown.items():
         sources = {"real": folder} | {source.name: source for source in sources}
         rows = {name: imagefolder.read_metadata(source, "train") for name, source in sources.items()}

@@ -158,7 +158,7 @@ def test_images_that_only_complete_a_batch_do_not_compete(filtering, tmp_path):
 
 def test_without_a_group_mean_no_embeddings_are_needed(command, tmp_path):
     args = (*command[:-2], "--images", 3, "--out", tmp_path / "v")
-    run(*args, fails="--embeddings: the CLIP score needs them for the real images (run data/embed.py, or use --alpha 1)")
+    run(*args, fails="--embeddings: the CLIP score needs the embeddings of the real images (run data/embed.py, or use --alpha 1)")
     run(*args, "--alpha", 0.99, fails="--embeddings")
     run(*args, "--alpha", 1)
     assert len(imagefolder.read_metadata(tmp_path / "v")) == 12
