@@ -104,6 +104,18 @@ def lock_of(path):
     return path.with_name(f".{path.name}.lock")
 
 
+def log_of(folder, shard=""):
+    """Where a stage that writes a folder keeps its log: in LOGS, which make sets to runs/<run>/logs. None without LOGS.
+
+    shard: for example "0-of-4", or "*".
+    """
+    if not os.environ.get("LOGS"):
+        return None
+    logs, folder = Path(os.environ["LOGS"]), Path(folder)
+    name = folder.relative_to(logs.parent) if folder.is_relative_to(logs.parent) else folder.name
+    return logs / f"{name}{shard and f'.{shard}'}.log"
+
+
 def is_left_over(path):
     """Whether a killed process left this file or folder."""
     return path.name.startswith(".") and path.suffix in (".tmp", ".old", ".partial")

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from common import files
+from common import files, stage
 from common.files import InputError
 
 REQUIRED = ("file_name", "split", "y", "a", "text")
@@ -261,8 +261,8 @@ def digest(folder, rows):
 
 
 def progress(items, title, unit, **more):
-    """A progress bar over `items`, or to be updated by hand; shown on a terminal only."""
-    return tqdm(items, title, unit=unit, mininterval=1, disable=None, **more)
+    """A progress bar over `items`, or to be updated by hand; shown on a terminal only, that no other command prints to."""
+    return tqdm(items, title, unit=unit, mininterval=1, disable=True if stage.in_parallel() else None, **more)
 
 
 def contact_sheet(rows, labels, cell=64):

@@ -2,7 +2,7 @@
 
     python common/make.py settings OVERRIDES NAME=VALUE...    prints `ok` and settings in one form, or what is wrong
     python common/make.py check FILE COMMANDS                 parses each command with its own script
-    python common/make.py status FOLDER...                    what is done, running and to do
+    python common/make.py status FOLDER...                    what is done, running, failed and to do
     python common/make.py help NAME=VALUE...                  targets, and settings with their values
 
 The first of these runs at every `make`, also before anything is installed: it needs Python's standard library alone.
@@ -27,10 +27,10 @@ make sweep     the same for several biases: make sweep BIAS="0.9 0.99"
 make paper     the paper's recipes and ours at two biases, and a verdict on its claims
 make ablate    clustered with one setting changed
 make dryrun    what a run will cost on this machine: hours, memory, disk
-make status    what is done, running and to do
+make status    what is done, running, failed and to do
 make -n        show what would run
 make test      install and run the tests
-make torture   long robustness tests: kills, full disks, bad input, 100,000 images
+make torture   long robustness tests: kills, full disks, bad input, 100,000 images; make test-slurm: the targets on Slurm
 make base      train the miniature base model again
 make bench     speed and memory beside what one would run instead: make bench BENCH="--peers ~/peers"
 make clean     remove runs/{DATASET}-{BIAS}
@@ -58,7 +58,7 @@ def settings(overrides, *values):
         run_names = [f"runs/{settled['DATASET']}-{settled['BIAS']}" + f"-seed{seed}" * (seed != "0")
                      for seed in settled["MODEL_SEEDS"].split()]
         goals = set(given["MAKECMDGOALS"].split())
-        checked = [] if goals and goals <= {"help", "dryrun", "bench", "clean", "test", "torture", "base"} else stale(
+        checked = [] if goals and goals <= {"help", "dryrun", "bench", "clean", "test", "torture", "test-slurm", "base"} else stale(
             [f"data/{settled['DATASET']}-{settled['BIAS']}", *run_names])
         for folder in checked:
             print(f"note: {folder}: its files or inputs were changed, it is made again", file=sys.stderr)
@@ -200,7 +200,7 @@ def check(record, commands):
 
 
 def status(*folders):
-    """Prints one line per folder: done, running or to do, and how many of its units, images or seeds."""
+    """Prints one line per folder: done, running, failed or to do, and how many of its units, images or seeds."""
     stages = ("data", "embeddings", "clusters", "modes", "pseudo", "models", "synthetic", "classifiers", "images", "results")
 
     def in_order(folder):
@@ -213,16 +213,26 @@ def status(*folders):
 
 
 def progress(folder):
-    """What is done of a folder, from its files alone: it works while other machines are at work on it."""
+    """What is done of a folder, from its files and logs alone: it works while other machines are at work on it."""
     running = is_locked(folder)
     if (folder / "config.json").is_file() and not running:
         return "done"
     wanted = files.read_json(folder / ".stage").get("wanted", {})
     done = sum(count if (folder / unit / "config.json").is_file() else
-               min(count, len(list((folder / f".{unit}.partial").glob("*.png")))) for unit, count in wanted.items())
+               min(count, len(list(folder.glob(f".{unit}.*partial/*.png")))) for unit, count in wanted.items())
     kind = {"models": "units", "synthetic": "images", "classifiers": "seeds"}.get(folder.parent.name)
     parts = f"{done} of {sum(wanted.values())} {kind} done" if wanted else ""
-    return ", ".join(part for part in (parts, "running" if running else "to do", time_left(folder, wanted, done)) if part)
+    state = "running" if running else failure(folder) or "to do"
+    return ", ".join(part for part in (parts, state, time_left(folder, wanted, done)) if part)
+
+
+def failure(folder):
+    """How the last command that wrote a folder, or a shard of it, failed; nothing if none did."""
+    pattern = files.log_of(folder, "*")
+    for path in (files.log_of(folder), *sorted(pattern.parent.glob(pattern.name))) if pattern else ():
+        last = (path.read_text(encoding="utf-8").splitlines() or [""])[-1] if path.is_file() else "done"
+        if not last.startswith("done"):
+            return f"{'failed' if 'error' in last.lower() else 'ended after'}: {last} ({path})"
 
 
 def time_left(folder, wanted, done):

@@ -15,7 +15,9 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
+import socket
 import sys
 import textwrap
 import time
@@ -119,9 +121,13 @@ def _given_paths(args):
 
 
 def run(main):
-    """Runs a script's main() and ends the process."""
+    """Runs a script's main() and ends the process. The last line of a log is "done" if all went well."""
     end_at_ctrl_c()
-    sys.exit(call(main))
+    begun = time.monotonic()
+    status = call(main)
+    if _log[0] and not status:
+        print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)
+    sys.exit(status)
 
 
 def call(main, argv=None):
@@ -149,6 +155,39 @@ def _last_words(line, status=2):
     return status
 
 
+def in_parallel():
+    """Whether other commands print to the same terminal, so that progress bars would overwrite each other."""
+    return _shard[0] or "jobserver" in os.environ.get("MAKEFLAGS", "")
+
+
+class _Logged:
+    """A stream, such as sys.stdout, of which a log keeps all lines, but no progress bars."""
+
+    def __init__(self, stream, log):
+        self.stream, self.log = stream, log
+
+    def write(self, text):
+        if "\r" not in text:
+            self.log.write(text)
+            self.log.flush()
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _keep_log(args):
+    """Begins the log of this command, if make asks for logs: the command, when and where it runs, then what it prints."""
+    i, n = getattr(args, "shard", (0, 1))
+    path = files.log_of(args.out, f"{i}-of-{n}" if n > 1 else "")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _log[0] = open(path, "w", encoding="utf-8")
+        print("$", shlex.join(sys.argv), file=_log[0])
+        print(time.strftime("%F %T"), socket.gethostname(), "process", os.getpid(), file=_log[0], flush=True)
+        sys.stdout, sys.stderr = _Logged(sys.stdout, _log[0]), _Logged(sys.stderr, _log[0])
+
+
 def end_at_ctrl_c():
     """From here on Ctrl-C, and the SIGTERM by which make -j stops its children, are one line and status 130, at once.
 
@@ -157,6 +196,8 @@ def end_at_ctrl_c():
     """
     def end(number, frame):
         line = INTERRUPTED.format(Path(sys.argv[0]).name) + "\n"
+        if _log[0]:
+            os.write(_log[0].fileno(), line.encode())
         os.write(2, ("\n" * os.isatty(2) + line).encode())  # a progress bar may stand in the terminal's line
         os._exit(130)
 
@@ -168,6 +209,8 @@ def end_at_ctrl_c():
 # ----------------------------------------------------------------------------------------------------- locks
 
 _script = [""]  # the name of the script that runs
+_shard = [False]  # whether it is one of several shards
+_log = [None]  # the file of its log
 _locks = {}  # {path of a lock: file descriptor}; the kernel releases locks when the process ends, however it ends
 
 
@@ -177,8 +220,10 @@ def begin(args):
     Raises InputError if another process is writing one of them, or reading OUT. A shard locks its units: see claim().
     """
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if getattr(args, "shard", (0, 1))[1] == 1:
+    _shard[0] = getattr(args, "shard", (0, 1))[1] > 1
+    if not _shard[0]:
         _lock(args.out, fcntl.LOCK_EX)
+    _keep_log(args)
     inputs = sorted(set(map(str, _given_paths(args))))
     for path in inputs:
         if files.lock_of(path).is_file():

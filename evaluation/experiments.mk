@@ -1,5 +1,9 @@
-# GPUS=8: every command gets a GPU of its own among the first 8.
+# How commands run. GPUS=8: each gets a GPU of its own among the first 8. SHARDED: these take --shard. Each keeps a log in LOGS.
 LAUNCH ?= $(if $(GPUS),$(PYTHON) common/on_gpu.py $(GPUS))
+SHARDED = data/embed.py finetune.py generate.py train_classifier.py
+runs/% data/$(DATASET)-%: export LOGS = $(RUN)/logs
+test-slurm: .venv/installed
+	TEST_SLURM=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -s -rs --durations 0 tests/test_slurm.py
 
 # Recipes of train_classifier.py that have images of their own.
 ffr.images          = vanilla

@@ -98,8 +98,8 @@ def make(house, *args, fails=None):
 
 def files_of(path, but=("config.json",)):
     """{relative path: bytes} of a folder's files, except those that record how they were made."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*"))
-            if file.is_file() and file.name not in but and not file.name.endswith(".lock") and ".decoded" not in file.parts}
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()
+            and file.name not in but and not file.name.endswith((".lock", ".log")) and ".decoded" not in file.parts}
 
 
 @pytest.fixture(scope="session", autouse=True)

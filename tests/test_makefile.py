@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, files_of, new_house, slow
+from conftest import LONG, ROOT, files_of, new_house, slow
 from conftest import make as run_make
 
 from common import files
@@ -183,12 +183,13 @@ def test_edited_lost_and_unfinished_results_are_made_again_and_nothing_else_is_t
     shutil.rmtree(run / "models" / "lora" / "y1-a0")
     (run / "classifiers" / "erm" / "seed0" / "predictions.csv").unlink()
     assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(house))
-    images[0].write_bytes(images[1].read_bytes())
-    images[2].unlink()
     (run / "results" / "results.csv").write_text("edited")
     (run / "images" / "config.json").write_text("{")
     assert "images" in would_run(house)
-    assert "data/prepare.py digits" in make(house, "-n") and {"clusters", "classifiers/vanilla"} <= set(would_run(house))
+    if LONG:  # otherwise test_edited_labels_are_noticed and test_pixels.py do
+        images[0].write_bytes(images[1].read_bytes())
+        images[2].unlink()
+        assert "data/prepare.py digits" in make(house, "-n") and {"clusters", "classifiers/vanilla"} <= set(would_run(house))
     shutil.rmtree(run / "models" / "clustered" / "y0-a1-c0")  # as a killed stage leaves it: no unit, nothing that says done
     for name in ("models/clustered/config.json", "synthetic/clustered/config.json", "synthetic/clustered/metadata.csv"):
         (run / name).unlink()
@@ -348,6 +349,14 @@ def test_help_fits_a_screen_and_shows_the_settings_and_their_values(house):
 def test_status_tells_what_is_done_and_to_do(house):
     lines = dict(line.split(maxsplit=1) for line in make(house, "status", "RECIPES=erm lora groupdro").splitlines())
     assert lines["runs/digits-0.95/models/lora"] == "done" and lines["runs/digits-0.95/classifiers/groupdro"] == "to do"
+
+
+def test_every_command_leaves_a_log(house):
+    logs = {str(path.relative_to(house / "runs" / "digits-0.95" / "logs")): path.read_text().splitlines()
+            for path in (house / "runs" / "digits-0.95" / "logs").rglob("*.log")}
+    assert {"digits-0.95.log", "embeddings.log", "models/lora.log", "classifiers/erm.log", "results/report.html.log"} <= set(logs)
+    assert all(lines[0].startswith("$ ") and lines[-1].startswith("done in ") for lines in logs.values()), logs
+    assert any("images, loss" in line for line in logs["models/lora.log"])
 
 
 def test_status_counts_no_more_images_than_are_wanted(tmp_path):
