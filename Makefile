@@ -71,7 +71,7 @@ needs = $(firstword $1) $(filter-out common/make.py common/on_gpu.py,$(wildcard 
   $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1))
 other = $(if $(subst |$(strip $1)|,,|$(strip $(file <$(@D)/command))|),FORCE)
 define run
-$(if $(filter-out 1,$(SHARDS)),$(if $(filter finetune.py generate.py train_classifier.py,$1),trap 'kill $$(jobs -p)' INT TERM; \
+$(if $(filter-out 1,$(SHARDS)),$(if $(filter $(SHARDED),$1),trap 'kill $$(jobs -p)' INT TERM; \
   for i in $$(seq 0 $$(($(SHARDS) - 1))); do $(LAUNCH) $(PY) $(strip $1) --out $(@D) --shard $$i/$(SHARDS) & done; wait))
 $(LAUNCH) $(PY) $(strip $1) --out $(@D)
 $(if $(dry),,@printf '%s\n' $(call quoted,$(strip $1)) > $(@D)/command)
@@ -120,7 +120,7 @@ all: $(RUN)/results/report.html
 	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md) && echo "Report: $<")
 test torture: .venv/installed
 	$(if $(filter torture,$@),TORTURE=1) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
-status: ; @$(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
+status: ; @LOGS=$(RUN)/logs $(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
 help: ; @$(PYTHON) common/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
 clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt

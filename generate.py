@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import cards, files, imagefolder, models, stage
+from common import candidates, cards, files, imagefolder, models, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -74,16 +74,16 @@ def normalised(embedding):
     return torch.nn.functional.normalize(embedding, dim=0)
 
 
-def selected(candidates, share, args):
+def selected(drawn, share, args):
     """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold; fewer than
     `share` if not enough have been drawn."""
-    sound = [row for row in candidates if not row["fault"]]
+    sound = [row for row in drawn if not row["fault"]]
     if args.clip_threshold is not None:
         return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
-    drawn = sound_ones(share, args)
-    if len(sound) < drawn:
+    wanted = sound_ones(share, args)
+    if len(sound) < wanted:
         return []
-    best = sorted(sound[:drawn], key=lambda row: -float(row["clip_score"]))[:share]
+    best = sorted(sound[:wanted], key=lambda row: -float(row["clip_score"]))[:share]
     return sorted(best, key=lambda row: row["index"])
 
 
@@ -92,12 +92,12 @@ def sound_ones(share, args):
     return share if args.clip_threshold is not None else math.ceil(share / args.keep)
 
 
-def considered(candidates, kept, args):
+def considered(drawn, kept, args):
     """The candidates from which a share was selected: without those that only complete the last batch."""
     if args.clip_threshold is not None:
-        return candidates[:kept[-1]["index"] + 1]
-    sound = [row for row in candidates if not row["fault"]]
-    return candidates[:sound[sound_ones(len(kept), args) - 1]["index"] + 1]
+        return drawn[:kept[-1]["index"] + 1]
+    sound = [row for row in drawn if not row["fault"]]
+    return drawn[:sound[sound_ones(len(kept), args) - 1]["index"] + 1]
 
 
 def draw_images(pipe, draw, indices, args):
@@ -114,33 +114,50 @@ def fill(pipe, score, draw, out, args):
     `out` holds the images and candidates.csv. An interrupted unit resumes from what is there; batches begin at
     multiples of --batch, so that it draws the very same images.
     """
-    candidates = read_candidates(out)
-    lost = [row["index"] for row in candidates if not row["fault"] and not (out / image_name(row)).is_file()]
-    usable = min([len(candidates), *lost])
-    candidates = candidates[:usable // args.batch * args.batch]
-    least = math.ceil(sound_ones(draw["share"], args) / args.batch) * args.batch
-    with imagefolder.progress(None, draw["name"], "image", total=least, initial=len(candidates)) as bar:
-        while len(found := selected(candidates, draw["share"], args)) < draw["share"]:
-            if len(candidates) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
-                raise InputError(draw["title"], f"{len(found)} of {len(candidates)} images kept, {draw['share']} wanted",
+    there, rows = candidates.that_are_there(out, draw["key"]), []
+    with imagefolder.progress(None, draw["name"], "image", total=at_least(draw, args), initial=len(there)) as bar:
+        while len(found := selected(rows, draw["share"], args)) < draw["share"]:
+            if len(rows) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
+                raise InputError(draw["title"], f"{len(found)} of {len(rows)} images kept, {draw['share']} wanted",
                                  "fine-tune longer or otherwise, raise --max-tries or lower --clip-threshold")
-            indices = range(len(candidates), len(candidates) + args.batch)
-            candidates += draw_batch(pipe, score, draw, indices, out, args)
-            files.write_csv(out / "candidates.csv", candidates)
-            bar.update(args.batch)
-    print(f"{draw['title']}: {len(candidates)} images drawn, {draw['share']} kept", flush=True)
+            indices = range(len(rows), len(rows) + args.batch)
+            if not there.keys() >= set(indices):
+                there |= draw_batch(pipe, score, draw, indices, out, args)
+                candidates.write(out, there)
+                bar.update(args.batch)
+            rows += [there[index] for index in indices]
+    candidates.write(out, dict(enumerate(rows)))
+    print(f"{draw['title']}: {len(rows)} images drawn, {draw['share']} kept", flush=True)
+
+
+def draw_part(pipe, score, draw, out, args):
+    """Draws one of every draw["parts"] batches of a unit that several shards share, for fill() to go on with."""
+    there = candidates.that_are_there(out, draw["key"])
+    others = [candidates.that_are_there(folder, draw["key"])
+              for folder in (args.out / draw["name"], candidates.hidden(args.out, draw["name"]))]
+    for first in range(draw["part"] * args.batch, at_least(draw, args), draw["parts"] * args.batch):
+        indices = range(first, first + args.batch)
+        if not any(known.keys() >= set(indices) for known in (there, *others)):
+            there |= draw_batch(pipe, score, draw, indices, out, args)
+            candidates.write(out, there)
+    print(f"{draw['title']}: {len(there)} images drawn by shard {args.shard[0]}", flush=True)
+
+
+def at_least(draw, args):
+    """How many candidates a unit takes, unless some turn out to be unsound: whole batches."""
+    return math.ceil(sound_ones(draw["share"], args) / args.batch) * args.batch
 
 
 def draw_batch(pipe, score, draw, indices, out, args):
-    """Draws the candidates `indices`, saves them, and returns a row of candidates.csv for each."""
+    """Draws the candidates `indices` and saves them. Returns {index: row of candidates.csv}."""
     arrays = draw_images(pipe, draw, indices, args)
     images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
     rows = [{"index": index, "clip_score": f"{value:.4f}", "fault": fault_of(array)}
             for index, array, value in zip(indices, arrays, score(images, draw["group"]))]
     for row, image in zip(rows, images):
         if not row["fault"]:
-            image.save(out / image_name(row))
-    return rows
+            image.save(out / candidates.image_name(row))
+    return {row["index"]: row for row in rows}
 
 
 def fault_of(image):
@@ -197,16 +214,6 @@ def splits(count, share):
     return ["val" if int((i + 1) * share) > int(i * share) else "train" for i in range(count)]
 
 
-def image_name(row):
-    return f"{row['index']:05}.png"
-
-
-def read_candidates(out):
-    path = out / "candidates.csv"
-    rows = files.read_csv(path, "remove its folder to draw it again") if path.is_file() else []
-    return [dict(row, index=int(row["index"])) for row in rows]
-
-
 # ------------------------------------------------------------------------------------------------ the stage
 
 
@@ -224,8 +231,11 @@ def main(argv=None):
     for draw in draws:
         draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["negative"], draw["guidance"], draw["trained"])
     shard, shards = args.shard
-    stage.claim(args, [draw["name"] for draw in draws[shard::shards]])
-    todo = [draw for draw in draws[shard::shards] if not is_filled(args.out / draw["name"], draw, args)]
+    mine = draws[shard % len(draws)::shards]
+    for draw in mine:  # where there are fewer draws than shards, several shards share the images of one
+        draw["part"], draw["parts"] = shard // len(draws), math.ceil((shards - shard % len(draws)) / len(draws))
+    stage.claim(args, [draw["name"] if draw["parts"] <= 1 else f"{draw['name']}.{draw['part']}" for draw in mine])
+    todo = [draw for draw in mine if not is_filled(args.out / draw["name"], draw, args)]
     if todo:
         for draw in todo:
             models.check_weights(draw["folder"], draw["trained"])
@@ -236,8 +246,12 @@ def main(argv=None):
         stage.start(args, {draw["name"]: draw["share"] for draw in draws})
         (args.out / "metadata.csv").unlink(missing_ok=True)
     for draw in todo:
-        begin, work = time.monotonic(), unfinished_unit(draw, args)
+        begin, part = time.monotonic(), draw["part"] if draw["parts"] > 1 else None
+        work = candidates.unfinished(args.out, draw["name"], draw["key"], part)
         sampler.load(draw["folder"])
+        if part is not None:
+            draw_part(sampler.pipe, score, draw, work, args)
+            continue
         fill(sampler.pipe, score, draw, work, args)
         stage.finish_unit(work, args, draw["key"], **stage.spent(begin))
         files.remove(args.out / draw["name"])
@@ -278,7 +292,8 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of all images")
     parser.add_argument("--drop-weights", action=stage.Flag, default=False, help="remove MODELS' weights once all is drawn")
     models.add_device_flags(parser)
-    parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on")
+    parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on; of "
+                        "fewer units than shards, a part of the images")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
@@ -290,22 +305,7 @@ def parse(argv=None):
 
 def is_filled(path, draw, args):
     return (stage.is_published(path, draw["key"])
-            and len(selected(read_candidates(path), draw["share"], args)) == draw["share"])
-
-
-def unfinished_unit(draw, args):
-    """The hidden folder in which a unit is drawn; it begins with the images that are there for the same key."""
-    path, work = args.out / draw["name"], args.out / f".{draw['name']}.partial"
-    if files.read_json(work / "config.json").get("key") != draw["key"]:
-        files.remove(work)
-        if files.read_json(path / "config.json").get("key") == draw["key"]:  # damaged, or more images are wanted
-            for name in stage.changed_files(path):
-                (path / name).unlink(missing_ok=True)
-            path.rename(work)
-        else:
-            work.mkdir(parents=True)
-            files.write_json(work / "config.json", {"key": draw["key"]})
-    return work
+            and len(selected(candidates.read(path), draw["share"], args)) == draw["share"])
 
 
 def publish(draws, prompts, made_by, args, inputs):
@@ -314,12 +314,12 @@ def publish(draws, prompts, made_by, args, inputs):
     rows, counts = [], {}
     for draw in draws:
         y, a = imagefolder.labels_of(draw["group"])
-        candidates = read_candidates(args.out / draw["name"])
-        kept = selected(candidates, draw["share"], args)
-        faults = [row["fault"] for row in considered(candidates, kept, args)]
+        drawn = candidates.read(args.out / draw["name"])
+        kept = selected(drawn, draw["share"], args)
+        faults = [row["fault"] for row in considered(drawn, kept, args)]
         counts[draw["name"]] = {"kept": len(kept), "clip": faults.count("") - len(kept)} | {
             word: faults.count(word) for word in ("blank", "nan")}
-        rows += [{"file_name": f"{draw['name']}/{image_name(row)}", "split": split, "y": y, "a": a,
+        rows += [{"file_name": f"{draw['name']}/{candidates.image_name(row)}", "split": split, "y": y, "a": a,
                   "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
                   "seed": stage.seed_of(args.seed, draw["name"], row["index"]), "prompt": draw["prompt"],
                   "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]}

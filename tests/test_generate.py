@@ -211,7 +211,7 @@ def test_another_share_or_more_images_draw_only_what_is_missing(filtering, filte
 
 @pytest.mark.parametrize("how", (pytest.param("command", marks=slow), "filtering"))
 def test_a_killed_generation_resumes_and_draws_the_same_bytes(how, request, tmp_path):
-    args = (*request.getfixturevalue(how), "--images", 40, "--out")
+    args = (*request.getfixturevalue(how), "--images", 12, "--out")
     run(*args, tmp_path / "whole")
     process = start(*args, tmp_path / "cut", stdout=-1, stderr=-1, start_new_session=True)
     while not list(tmp_path.glob("cut/.y0-a1.partial/candidates.csv")):
@@ -225,6 +225,18 @@ def test_a_killed_generation_resumes_and_draws_the_same_bytes(how, request, tmp_
     assert (tmp_path / "cut" / "y0-a0" / "00000.png").stat().st_mtime_ns == first
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert not list(tmp_path.glob("cut/.y*"))
+
+
+def test_where_there_are_fewer_units_than_shards_they_share_the_images_of_one(filtering, filtered, tmp_path):
+    args = (*filtering, "--images", 6, "--out", tmp_path / "v")
+    for shard in (4, 5, 1, 2):  # y0-a0 and y0-a1 are drawn by two shards each
+        run(*args, "--shard", f"{shard}/6")
+    assert [row[0] for row in candidates(tmp_path / "v" / ".y0-a0.1.partial")] == [4, 5, 6, 7]
+    image = tmp_path / "v" / ".y0-a0.1.partial" / "00004.png"
+    drawn = image.stat().st_mtime_ns
+    run(*args)
+    assert (tmp_path / "v" / "y0-a0" / image.name).stat().st_mtime_ns == drawn
+    assert files_of(tmp_path / "v") == files_of(filtered)
 
 
 def test_batch_size_changes_images_by_float_noise_alone(command, vanilla, tmp_path):
