@@ -1,6 +1,7 @@
 """Decoded images: each is decoded once per size, and read from a file by every stage after that.
 
-The file stands beside the folder of the images, in .decoded/<size>-<version>/, so that datasets that differ in bias share it.
+The file stands beside the folder of the images, in .decoded/<size>-<version>/, so that datasets that differ in bias share it,
+or in the folder that the environment variable DECODED names, such as the fast disk of a node of a cluster.
 It holds one image after the other, size x size x 3 bytes each, and `index` a line for each: the digest of the image's file. It
 grows when images change; remove .decoded when no stage is running to begin anew.
 """
@@ -93,10 +94,14 @@ class _Decoder:
         return np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
 
 
+def decoded_place(folder):
+    return Path(os.environ.get("DECODED") or folder.parent / ".decoded")
+
+
 def decoded(folder, rows, size):
     """(memory-mapped (M, size, size, 3) uint8 array, the place of each row's image in it); decodes those that are missing."""
     names, version = [row["file_name"] for row in rows], stage.code_digest(imagefolder.load_image)[:8]
-    digests, place = files.file_digests(folder, names), folder.parent / ".decoded" / f"{size}-{version}"
+    digests, place = files.file_digests(folder, names), decoded_place(folder) / f"{size}-{version}"
     index = _read_index(place)
     if any(digest not in index for digest in digests.values()):
         place.mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,7 @@ def _in_workers(chunks, title, images):
 def check(folder, rows):
     """Decodes the images of some rows, but those that have been decoded before. Raises InputError for broken ones."""
     names, folder = [row["file_name"] for row in rows], Path(folder)
-    known = set().union(*map(_read_index, (folder.parent / ".decoded").glob("*/")))
+    known = set().union(*map(_read_index, decoded_place(folder).glob("*/")))
     digests = files.file_digests(folder, names) if known else {}
     paths = [folder / name for name in names if digests.get(name) not in known]
     if paths:

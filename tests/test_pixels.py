@@ -1,5 +1,7 @@
 """Decoded images: the same as those in the files, decoded once, whatever happens meanwhile."""
 
+import errno
+import fcntl
 import multiprocessing
 import shutil
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, run
+from conftest import files_of, make_dataset, run
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -97,6 +99,26 @@ def test_what_a_killed_process_left_is_decoded_again(folder, end):
     with open(place / "index", "a") as file:
         file.write(end)  # a line without its end
     assert torch.equal(whole(Pixels(folder, rows, 16)), expected)
+
+
+def test_decoded_images_can_be_kept_on_a_disk_of_the_node(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DECODED", str(tmp_path / "scratch"))
+    assert torch.equal(whole(Pixels(folder, rows_of(folder), 16)), as_in_files(folder, rows_of(folder), 16))
+    assert list((tmp_path / "scratch").glob("16-*/pixels")) and not (folder.parent / ".decoded").exists()
+
+
+def test_a_file_system_without_locks_changes_no_bytes(folder, base, tmp_path, monkeypatch):
+    def embed(out):
+        run("data/embed.py", "--data", folder, "--clip", base / "clip", "--out", tmp_path / out)
+        return files_of(tmp_path / out)
+
+    def no_locks(*args):  # as NFS without its lock daemon answers
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with_locks = embed("with")
+    shutil.rmtree(folder.parent / ".decoded")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert embed("without") == with_locks
 
 
 def test_a_changed_image_is_decoded_anew(folder):
