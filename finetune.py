@@ -289,6 +289,7 @@ def train_units(todo, units, base_digest, args):
         base.reset(args.method)
         for part in unit.parts:
             part.encode(base)
+        encoding = time.monotonic() - begin
         try:
             curve = finetune(base, unit, args)
         except FloatingPointError as error:
@@ -301,7 +302,8 @@ def train_units(todo, units, base_digest, args):
             models.save_weights(out, base, args.method, args.save_dtype, args.train_text_encoder)
             files.write_csv(out / "loss.csv", curve)
             cards.of_weights(out / "README.md", unit, args)
-            stage.finish_unit(out, args, unit.key, base=base_digest, images=len(unit.rows), **stage.spent(begin))
+            stage.finish_unit(out, args, unit.key, base=base_digest, images=len(unit.rows),
+                              encoding_seconds=round(encoding, 1), **stage.spent(begin))
         files.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.title}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)

@@ -32,7 +32,7 @@ from common import files, models, stage
 from common.files import InputError
 from data import prepare
 from evaluation import figures
-from evaluation.projection import EVERY, GROUPS, counts_of, passes, projection, read_commands
+from evaluation.projection import EVERY, GROUPS, counts_of, passes, projection, read_commands, scaling
 
 np = stage.lazy("numpy")
 
@@ -103,7 +103,7 @@ class Runs:
         return self(name, str(ROOT / command.script), *command.flags, *flags, "--out", str(self.out / "runs" / name))
 
     def __call__(self, name, *words):
-        """Returns {seconds of the process, work_s of its units, memory_mb, anonymous_mb, gpu_mb, disk_mb}."""
+        """Returns {seconds of the process, work_s and encoding_s of its units, memory_mb, anonymous_mb, gpu_mb, disk_mb}."""
         out = self.out / "runs" / name
         if self.known.get(name, {}).get("command") != list(words):
             files.remove(out)
@@ -111,6 +111,7 @@ class Runs:
             units = [files.read_json(path) for path in (*out.glob("*/config.json"), out / "config.json")]
             self.known[name] = {
                 "command": words, **used, "work_s": sum(unit.get("seconds", 0) for unit in units),
+                "encoding_s": sum(unit.get("encoding_seconds", 0) for unit in units),
                 "gpu_mb": max((unit.get("peak_gpu_mb") or 0 for unit in units), default=0),
                 "disk_mb": sum(path.lstat().st_size for path in out.rglob("*") if path.is_file()) / 1e6}
             files.write_json(self.out / "measured.json", self.known)
@@ -172,24 +173,17 @@ def by_images(run, command, few, many, flags):
                   startup_s=runs[0]["seconds"] - few * image_s)
 
 
-def finetuning(run, command, data_of, more, encode_s):
-    """One step, `more` steps, and these on more images, which are encoded first. encode_s: seconds per image, if known."""
+def finetuning(run, command, data_of, more):
+    """One step, and `more` steps, on as many images as a step takes."""
     settings, batch = command.settings, command.settings.batch * command.settings.accumulation
-    kinds, many = 2 if settings.prior else 1, batch * (1 + more // 2)  # images, and class images
-
-    def start(number, steps, images):
-        data = data_of(images, GROUPS[:1])["data"]
-        return run.stage(f"{command.row}-{number}", command, data=data, steps=steps,
-                         **({"prior": data} if settings.prior else {}))
-
-    runs = [start(1, 1, batch), start(2, 1 + more, batch)]
-    step_s = difference(runs, "work_s", more)
-    if encode_s is None:
-        runs.append(start(3, 1 + more, many))
-        encode_s = difference(runs, "work_s", kinds * (many - batch))
-    return row_of(f"1 and {1 + more} steps of {batch} images" + " and as many class images" * (kinds - 1), runs, "unit",
-                  startup_s=runs[0]["seconds"] - runs[0]["work_s"], step_s=step_s, image_s=encode_s,
-                  unit_s=runs[0]["work_s"] - step_s - kinds * batch * encode_s)
+    images = batch * (2 if settings.prior else 1)  # and class images
+    data = data_of(batch, GROUPS[:1])["data"]
+    instead = {"data": data} | ({"prior": data} if settings.prior else {})
+    runs = [run.stage(f"{command.row}-{steps}", command, steps=steps, **instead) for steps in (1, 1 + more)]
+    step_s, encoding_s = difference(runs, "work_s", more), sum(run["encoding_s"] for run in runs) / 2
+    return row_of(f"1 and {1 + more} steps of {batch} images" + " and as many class images" * bool(settings.prior), runs, "unit",
+                  startup_s=runs[0]["seconds"] - runs[0]["work_s"], step_s=step_s, image_s=encoding_s / images,
+                  unit_s=runs[0]["work_s"] - step_s - encoding_s)
 
 
 def generating(run, command, data_of, more, images, batch):
@@ -237,7 +231,7 @@ def find_models(run, commands, args):
 
 def measure(commands, gpu, args):
     """{name: row of dryrun.csv}"""
-    run, rows, encode_s = Runs(args.out), {}, None
+    run, rows = Runs(args.out), {}
     base, clip = map(Path, find_models(run, commands, args))
     for command in commands:
         command.flags += [word for flag, model in (("base", base), ("clip", clip)) if hasattr(command.settings, flag)
@@ -257,7 +251,7 @@ def measure(commands, gpu, args):
     jobs = {"read images": (reading, photos)}
     for command in commands:
         batch = getattr(command.settings, "batch", 1)
-        drawn = (min(batch, 4), min(batch, 4)) if drawing_slowly else (2 * batch, batch)  # a CPU gains nothing by a batch
+        drawn = (min(batch, 2), min(batch, 2)) if drawing_slowly else (2 * batch, batch)  # a CPU gains nothing by a batch
         trained = (1, 1) if slow(getattr(command.settings, "resolution", 0)) else (8, 3)
         jobs.setdefault(command.row, {
             "data/embed.py": (by_images, command, 8, many, lambda n: {"data": data_of(n)["data"]}),
@@ -268,10 +262,8 @@ def measure(commands, gpu, args):
             "evaluation/images.py": (by_images, command, 8, many, lambda n: {
                 **data_of(64), "synthetic": data_of(n)["data"]})}[command.script])
     for name, (function, *arguments) in jobs.items():
-        tunes = function is finetuning
         try:
-            rows[name] = {"stage": name} | function(run, *arguments, *[encode_s] * tunes)
-            encode_s = rows[name]["image_s"] if tunes else encode_s
+            rows[name] = {"stage": name} | function(run, *arguments)
         except Failed as error:
             print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
             rows[name] = {"stage": name} | dict.fromkeys(COLUMNS, "") | {"result": f"failed: {error}"}
@@ -321,7 +313,13 @@ What a run takes, and how often it does that:
 
 {figures.markdown_table(list(table[0]), [*(map(shown, line.values()) for line in table),
                                          ["all", *[""] * 5, shown(hours), shown(gb)]])}
-hours = (runs x start-up + units x per unit + steps x per step + images x per image) / 3600, and this assumes:
+hours = (runs x start-up + units x per unit + steps x per step + images x per image) / 3600
+
+On several machines or GPUs like this one (make -j SHARDS=...), calculated from this, at least:
+
+{figures.markdown_table(["devices", "hours", "speed-up", "longest stage"],
+                        [map(shown, line.values()) for line in scaling(table, (1, 8, 64))])}
+All of this assumes:
 
 - Training images per group {", ".join(map(str, counts[0]))}, val {counts[1]}, test {counts[2]}: {source}.
 - Clusters per group: {args.clusters or "the most that --k or --k-max and --min-size allow; --clusters assumes others"}.

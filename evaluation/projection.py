@@ -58,6 +58,8 @@ class Command:
 def read_commands(text):
     """The commands that are measured. In COMMANDS a method's finetune.py follows its generate.py, whose --models name it."""
     commands = [Command(part) for part in text.split(" @@ ") if part.split()[0] not in ("data/prepare.py", "evaluate.py")]
+    if "/pseudo" not in text:  # nothing reads the pseudo-groups
+        commands = [command for command in commands if not getattr(command.settings, "as_attribute", False)]
     first = {}  # commands of one kind cost the same: the first one is measured
     for before, command in zip([None, *commands], commands):
         settings = command.settings
@@ -159,3 +161,25 @@ def projection(commands, rows, counts, assumed, model_seeds):
             table.append(line_of(command.title, command.row, rows, *amounts_of(command, commands, counts, assumed),
                                  model_seeds if again else 1))
     return table
+
+
+def scaling(table, devices):
+    """Hours of a run on several devices, GPUs or nodes: a lower bound. Returns [{devices, hours, speed-up, longest}].
+
+    Work is divided evenly, but a stage waits for the one before it, and is divided into no more parts than it has: images to
+    embed and to draw, units to fine-tune, seeds to train; all else is one part. longest: the stage that takes most of that chain.
+    """
+    def on(count, line):
+        parts = line["units"] if line["stage"].startswith(("finetune", "train")) else line["images"]
+        return line["hours"] / min(count, parts if line["stage"].startswith(("embed", "generate", "finetune", "train")) else 1)
+
+    lines, found = [line for line in table if line["hours"]], []
+    total = sum(line["hours"] for line in lines)
+    for count in devices if lines else ():
+        chain = {}
+        for line in lines:
+            name = "generate vanilla" if line["stage"] == "generate vanilla" else line["stage"].split()[0]
+            chain[name] = max(chain.get(name, 0), on(count, line))
+        hours = max(total / count, sum(chain.values()))
+        found.append({"devices": count, "hours": hours, "speed-up": total / hours, "longest": max(chain, key=chain.get)})
+    return found

@@ -47,7 +47,7 @@ def test_the_next_dry_run_measures_only_what_failed(both):
     done, rows, _, _ = both[1]
     assert done.returncode == 0, done.stderr[-3000:]
     ran = re.findall(r"^  (\S.*): [\d.]+ s$", done.stdout, re.M)
-    assert ran == ["finetune lora-1", "finetune lora-2", "finetune lora-3"]
+    assert ran == ["finetune lora-1", "finetune lora-21"]
     assert {stage: row for stage, row in rows.items() if stage != "finetune lora"} == {
         stage: row for stage, row in both[0][1].items() if stage != "finetune lora"}
 
@@ -121,3 +121,13 @@ def test_a_bias_removes_training_images_and_unknown_datasets_are_one_line_errors
 def test_wrong_flags_are_one_line_errors():
     run("evaluation/dryrun.py", "--dataset", "digits", "--bias", 0.9, "--commands", "data/prepare.py digits", "--photos", 0,
         "--out", "runs/x", fails="--photos: 0 is not between")
+
+
+def test_on_several_devices_a_stage_is_divided_into_its_parts_and_waits_for_the_one_before():
+    table = [{"stage": stage, "units": units, "images": images, "hours": hours} for stage, units, images, hours in (
+        ("read images", 0, 100, 1), ("generate vanilla", 4, 100, 10), ("finetune lora", 4, 8, 8), ("finetune clustered", 20, 8, 8),
+        ("generate lora", 4, 100, 10), ("generate clustered", 20, 100, 10), ("train erm", 3, 100, 3), ("images", 0, 100, ""))]
+    one, ten = projection.scaling(table, (1, 10))
+    assert one["hours"] == 50 and one["speed-up"] == 1
+    # reading 1; vanilla 10 / 10; the four units of lora 8 / 4; drawing 10 / 10; the three seeds of a recipe 3 / 3
+    assert ten["hours"] == max(50 / 10, 1 + 1 + 2 + 1 + 1) and ten["longest"] == "finetune"
