@@ -86,8 +86,7 @@ def trainable_weights(base, args):
         base.unet.requires_grad_(True)
         if args.train_text_encoder:
             base.text_encoder.to(base.device).requires_grad_(True)
-    return [weight for module in (base.unet, base.text_encoder) for weight in module.parameters()
-            if weight.requires_grad]
+    return [weight for module in (base.unet, base.text_encoder) for weight in module.parameters() if weight.requires_grad]
 
 
 def optimizer_of(base, unit, weights, args):
@@ -115,8 +114,7 @@ def finetune(base, unit, args):
     ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and args.method == "dreambooth" else None
     checkpoint = Checkpoint(args.out / f".{unit.name}.partial", unit.key, weights, optimizer, schedule, ema)
     curve = checkpoint.load()
-    for step in imagefolder.progress(range(len(curve), args.steps), unit.name, "step", initial=len(curve),
-                                     total=args.steps):
+    for step in imagefolder.progress(range(len(curve), args.steps), unit.name, "step", initial=len(curve), total=args.steps):
         total = 0.0
         for part in range(args.accumulation):
             loss = dreambooth_loss(base, unit, step * args.accumulation + part, args) / args.accumulation
@@ -202,18 +200,18 @@ def main(argv=None):
     base = files.model_digest(args.base)
     code = stage.code_digest(__file__, models.__file__, Images, imagefolder.load_image, stage.seed_of)
     for unit in units:
-        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every"), base, code, unit.prompts,
+        unit.key = files.digest(stage.settings_of(args, "base", "checkpoint_every", "merge_above"), base, code, unit.prompts,
                                 imagefolder.digest(args.data, unit.rows),
                                 imagefolder.digest(args.prior, unit.prior_rows) if args.prior else None)
-    shard, shards = args.shard
-    stage.claim(args, [unit.name for unit in units[shard::shards]])
-    todo = [unit for unit in units[shard::shards] if not stage.is_published(args.out / unit.name, unit.key)]
+    mine = units[args.shard[0]::args.shard[1]]
+    stage.claim(args, [unit.name for unit in mine])
+    todo = [unit for unit in mine if not stage.is_published(args.out / unit.name, unit.key)]
     pixels.check(args.data, [row for unit in todo for row in unit.images.drawn.values()])  # now, not after hours of training
     failures = train_units(todo, units, base, args) if todo else []
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
         return 1
-    if shards == 1:
+    if args.shard[1] == 1:
         publish(units, base, args, inputs)
 
 
@@ -222,16 +220,17 @@ def parse(argv=None):
     count, positive = stage.number(int, 1), stage.number(float, 0)
     what = parser.add_argument_group("method and data")
     what.add_argument("--method", choices=("lora", "dreambooth"), required=True, help="low-rank updates or the UNet")
-    what.add_argument("--per", choices=("group", "cluster", "dataset"), default="group",
-                      help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
+    what.add_argument("--per", choices=("group", "cluster", "dataset"), default="group", help="the unit that has its own weights; "
+                      "dataset: one model for all (compositional, ours)")
     what.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    what.add_argument("--data", type=Path, required=True,
-                      help="prepared dataset folder, or output of cluster.py; split train is used")
+    what.add_argument("--data", type=Path, required=True, help="prepared dataset folder, or output of cluster.py")
     what.add_argument("--prior", type=Path, help="class images (the vanilla synthetic images) for prior preservation; "
                       "default: no prior preservation")
     what.add_argument("--learn-identifiers", action=stage.Flag, default=False,
                       help="--per dataset: learn a word for each group (or cluster) instead of using --identifier")
     what.add_argument("--out", type=Path, required=True, help="folder to write the units to")
+    what.add_argument("--merge-above", type=stage.number(float, -1, 1), default=1.0, help="--learn-identifiers: groups of a "
+                      "class whose words have a higher cosine similarity are drawn as one group (SAGE); 1: none")
     how = parser.add_argument_group("training")
     how.add_argument("--identifier", default="sks", help="rare word that stands for the unit (DreamBooth)")
     how.add_argument("--prompt", default="{text} {identifier}", help="prompt of the unit's images")
@@ -243,21 +242,18 @@ def parse(argv=None):
     how.add_argument("--learning-rate", type=positive, help="default: 1e-4 for lora, 5e-6 for dreambooth (diffusers)")
     how.add_argument("--initial-word", default="photo", help="what learned identifiers begin as (SAGE: photo)")
     how.add_argument("--identifier-rate", type=positive, default=1e-2, help="learning rate of learned identifiers")
-    how.add_argument("--schedule", default="constant", help="learning rate schedule",
-                     choices=("constant", "constant_with_warmup", "linear", "cosine"))
+    how.add_argument("--schedule", choices=("constant", "constant_with_warmup", "linear", "cosine"), default="constant")
     how.add_argument("--warmup", type=stage.number(int, 0), default=0, help="warm-up steps of the schedule")
     how.add_argument("--weight-decay", type=positive, default=0.01, help="weight decay of AdamW")
     how.add_argument("--prior-weight", type=positive, default=1.0, help="weight of the prior loss (DreamBooth: 1)")
     how.add_argument("--rank", type=count, default=16, help="rank of LoRA")
     how.add_argument("--alpha", type=count, help="LoRA's updates are scaled by alpha / rank; default: the rank")
     how.add_argument("--snr-gamma", type=positive, default=0.0, help="gamma of min-SNR weighting, usually 5; 0: off")
-    how.add_argument("--ema-decay", type=stage.number(float, 0, 1), default=0.0,
-                     help="decay of the moving average of dreambooth's weights; 0: off")
+    how.add_argument("--ema-decay", type=stage.number(float, 0, 1), default=0.0, help="of dreambooth's averaged weights; 0: off")
     how.add_argument("--train-text-encoder", action=stage.Flag, default=False, help="dreambooth only")
-    how.add_argument("--gradient-checkpointing", action=stage.Flag, default=False,
-                     help="needs less memory, is about a third slower")
-    how.add_argument("--checkpoint-every", type=stage.number(int, 0), default=500,
-                     help="steps between checkpoints, from which a killed unit resumes; 0: it starts again")
+    how.add_argument("--gradient-checkpointing", action=stage.Flag, default=False, help="less memory, about a third slower")
+    how.add_argument("--checkpoint-every", type=stage.number(int, 0), default=500, help="steps between checkpoints, from which "
+                     "a killed unit resumes; 0: it starts again")
     how.add_argument("--save-dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="weights on disk")
     how.add_argument("--seed", type=int, default=0, help="seed of all random draws")
     models.add_device_flags(how)
@@ -271,6 +267,8 @@ def parse(argv=None):
         raise InputError("--balance", f"a {args.per} contains one group only", "use --per dataset")
     if args.learn_identifiers and args.per != "dataset":
         raise InputError("--learn-identifiers", f"a {args.per} has a model of its own", "use --per dataset")
+    if args.merge_above < 1 and not args.learn_identifiers:
+        raise InputError("--merge-above", "there are no learned words to compare", "use --learn-identifiers")
     if args.learn_identifiers and args.train_text_encoder:
         raise InputError("--learn-identifiers", "trains words, not the text encoder", "leave out --train-text-encoder")
     if "{text}" not in args.prompt:
@@ -317,17 +315,35 @@ def publish(units, base_digest, args, inputs):
     images behind it.
     """
     stage.remove_other_units(args.out, {unit.name for unit in units})
-    draws = {}
+    draws, merged = {}, merged_groups(units, args)
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):
             suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
             a = None if args.per == "dataset" and not args.learn_identifiers else row["a"]
+            if (row["y"], a) in merged:
+                a, suffix = merged[row["y"], a], f"-c{a}"
             draw = draws.setdefault((unit.name, row["y"], template), {
                 "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix, "prompt": template,
                 "images": 0})
             draw["images"] += 1
     stage.finish(args.out, args, files.digest([unit.key for unit in units]), inputs, base=base_digest,
-                 draws=list(draws.values()))
+                 draws=list(draws.values()), merged=[(y, a, into) for (y, a), into in merged.items()])
+
+
+def merged_groups(units, args):
+    """{(y, a): a of the group that it is drawn with}, for groups of a class whose learned words are alike: by single linkage of
+    the cosine distances of their embeddings (SAGE, Luo et al. 2026)."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    merged, words = {}, models.read_tokens(args.out / units[0].name) if args.merge_above < 1 else {}
+    linkage = AgglomerativeClustering(None, metric="cosine", linkage="single", distance_threshold=1 - args.merge_above)
+    groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words if "-c" not in word)
+    for y in {y for y, _ in groups}:
+        mine = [a for other, a in groups if other == y]
+        if len(mine) > 1:
+            labels = linkage.fit_predict([words[f"<{imagefolder.group_name(y, a)}>"] for a in mine]).tolist()
+            merged |= {(y, a): mine[labels.index(label)] for a, label in zip(mine, labels) if labels.count(label) > 1}
+    return merged
 
 
 if __name__ == "__main__":

@@ -77,13 +77,10 @@ def normalised(embedding):
 def selected(drawn, share, args):
     """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold; fewer than
     `share` if not enough have been drawn."""
-    sound = [row for row in drawn if not row["fault"]]
+    sound, wanted = [row for row in drawn if not row["fault"]], sound_ones(share, args)
     if args.clip_threshold is not None:
         return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
-    wanted = sound_ones(share, args)
-    if len(sound) < wanted:
-        return []
-    best = sorted(sound[:wanted], key=lambda row: -float(row["clip_score"]))[:share]
+    best = sorted(sound[:wanted], key=lambda row: -float(row["clip_score"]))[:share] if len(sound) >= wanted else []
     return sorted(best, key=lambda row: row["index"])
 
 
@@ -133,8 +130,8 @@ def fill(pipe, score, draw, out, args):
 def draw_part(pipe, score, draw, out, args):
     """Draws one of every draw["parts"] batches of a unit that several shards share, for fill() to go on with."""
     there = candidates.that_are_there(out, draw["key"])
-    others = [candidates.that_are_there(folder, draw["key"])
-              for folder in (args.out / draw["name"], candidates.hidden(args.out, draw["name"]))]
+    whole = (args.out / draw["name"], candidates.hidden(args.out, draw["name"]))
+    others = [candidates.that_are_there(folder, draw["key"]) for folder in whole]
     for first in range(draw["part"] * args.batch, at_least(draw, args), draw["parts"] * args.batch):
         indices = range(first, first + args.batch)
         if not any(known.keys() >= set(indices) for known in (there, *others)):
@@ -220,10 +217,12 @@ def splits(count, share):
 def main(argv=None):
     args = parse(argv)
     inputs = stage.begin(args)
-    rows = imagefolder.read_metadata(args.data)
+    merged = files.read_json(args.models / "config.json").get("merged", []) if args.models else []
+    rows = imagefolder.with_merged(imagefolder.read_metadata(args.data), merged)
     prompts = imagefolder.group_prompts(rows)
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
-    score_by = [imagefolder.class_prompts(rows), args.embeddings and models.embeddings_digest(args.embeddings)]
+    score_by = [imagefolder.class_prompts(rows), args.embeddings and [
+        models.embeddings_digest(args.embeddings), [(row["file_name"], imagefolder.group_of(row)) for row in rows]]]
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
                                              "embeddings", "rare", "rare_below", "rare_guidance", "val_share"), prompts, score_by,
                            files.model_digest(args.base), files.model_digest(args.clip),
@@ -257,7 +256,7 @@ def main(argv=None):
         files.remove(args.out / draw["name"])
         work.rename(args.out / draw["name"])
     if shards == 1:
-        publish(draws, prompts, made_by, args, inputs)
+        publish(draws, prompts, made_by, args, inputs, merged)
 
 
 def parse(argv=None):
@@ -308,7 +307,7 @@ def is_filled(path, draw, args):
             and len(selected(candidates.read(path), draw["share"], args)) == draw["share"])
 
 
-def publish(draws, prompts, made_by, args, inputs):
+def publish(draws, prompts, made_by, args, inputs, merged):
     """Writes the sheets and, last, metadata.csv and config.json; removes units that no longer exist."""
     stage.remove_other_units(args.out, {draw["name"] for draw in draws})
     rows, counts = [], {}
@@ -330,7 +329,7 @@ def publish(draws, prompts, made_by, args, inputs):
     files.write_csv(args.out / "metadata.csv", rows)
     if args.drop_weights:
         inputs.pop(str(args.models), None)
-    stage.finish(args.out, args, files.digest(made_by, rows), inputs, counts=counts)
+    stage.finish(args.out, args, files.digest(made_by, rows), inputs, counts=counts, merged=merged)
     if args.drop_weights:
         models.drop_weights(args.models)
 

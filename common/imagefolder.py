@@ -129,9 +129,18 @@ def with_attributes_of(folder, rows):
 
 
 def groups_drawn(synthetic, data):
-    """The dataset whose groups a synthetic set shows: `data` itself, or a folder of cluster.py --as-attribute."""
-    folder = Path(files.read_json(synthetic / "config.json").get("arguments", {}).get("data", data))
-    return folder if (folder / "metadata.csv").is_file() and folder.resolve() != data.resolve() else data
+    """(the dataset whose groups a synthetic set shows, those that are merged, for with_merged()). The dataset is `data` itself or
+    a folder of cluster.py --as-attribute."""
+    config = files.read_json(synthetic / "config.json")
+    folder = Path(config.get("arguments", {}).get("data", data))
+    known = (folder / "metadata.csv").is_file() and folder.resolve() != data.resolve()
+    return folder if known else data, tuple(map(tuple, config.get("merged", [])))
+
+
+def with_merged(rows, merged):
+    """The rows with the groups that finetune.py merged, by (y, a, a of the group that it is merged into)."""
+    into = {(y, a): other for y, a, other in merged}
+    return [row | {"a": into.get((row["y"], row["a"]), row["a"])} for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------- groups

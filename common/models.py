@@ -233,6 +233,14 @@ def save_weights(out, base, method, dtype, text_encoder):
         base.text_encoder.float()
 
 
+def read_tokens(unit):
+    """{token: embedding, (D,) array} of a unit's learned tokens."""
+    from safetensors.torch import load_file
+
+    return {token: embedding.flatten().float().numpy() for path in sorted((unit / TOKENS).glob("*.safetensors"))
+            for token, embedding in load_file(path).items()}
+
+
 def read_draws(folder, base):
     """What finetune.py recorded in MODELS/config.json: what its units can draw. Raises InputError unless they fit --base."""
     path = folder / "config.json"

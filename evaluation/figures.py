@@ -70,12 +70,13 @@ def images_by_group(path, titles, data, synthetic):
 
     Sets that show pseudo-groups follow, below the real images of these.
     """
-    lines, labels, shown = [], [], {data: []}
+    lines, labels, shown = [], [], {(data, ()): []}
     for source in synthetic:
         shown.setdefault(imagefolder.groups_drawn(source, data), []).append(source)
-    for folder, sources in shown.items():
+    for (folder, merged), sources in shown.items():
         sources = {"real": folder} | {source.name: source for source in sources}
         rows = {name: imagefolder.read_metadata(source, "train") for name, source in sources.items()}
+        rows["real"] = imagefolder.with_merged(rows["real"], merged)
         names = titles if folder == data else {group: f"pseudo-group {group}" for group in imagefolder.group_counts(rows["real"])}
         for group, title in names.items():
             for name, source in sources.items():

@@ -309,8 +309,10 @@ def main(argv=None):
             embeddings = models.embed_images(clip, source, rows, args.batch, args.cache)
             counts = files.read_json(source / "config.json").get("counts", {})
             of, its_prompts = real, prompts
-            if (folder := imagefolder.groups_drawn(source, args.data)) != args.data:  # pseudo-groups
-                of = {name: (imagefolder.with_attributes_of(folder, part), found) for name, (part, found) in real.items()}
+            folder, merged = imagefolder.groups_drawn(source, args.data)
+            if folder != args.data:  # pseudo-groups
+                of = {name: (imagefolder.with_merged(imagefolder.with_attributes_of(folder, part), merged), found)
+                      for name, (part, found) in real.items()}
                 its_prompts = imagefolder.group_prompts(imagefolder.read_metadata(folder))
                 its_prompts = dict(zip(its_prompts, clip.texts(list(its_prompts.values())).numpy()))
             names = titles if of is real else {}

@@ -181,6 +181,30 @@ def test_learned_words_belong_to_one_model_for_the_dataset(base, pseudo, tmp_pat
     run(*args, "--method", "dreambooth", "--per", "dataset", "--train-text-encoder", fails="trains words, not the text encoder")
 
 
+def test_groups_whose_words_are_alike_are_drawn_as_one(base, pseudo, tokens, unlabelled, embeddings, tmp_path):
+    """All words have a cosine above -1, none above 0.99999; models are not trained again for another threshold."""
+    shutil.copytree(tokens / "models", tmp_path / "models")
+    method = files.read_json(tmp_path / "models" / "config.json")["arguments"]["method"]
+    train = ("finetune.py", "--method", method, "--per", "dataset", "--learn-identifiers", "--base", base, "--data", pseudo,
+             "--balance", 1, "--steps", 3, "--batch", 8, "--learning-rate", 1e-3, "--identifier-rate", 0.1, "--out", tmp_path / "models")
+    assert "loss" not in run(*train, "--merge-above", 0.99999)
+    assert files.read_json(tmp_path / "models" / "config.json")["merged"] == []
+    assert "loss" not in run(*train, "--merge-above", -1)
+    assert files.read_json(tmp_path / "models" / "config.json")["merged"] == [[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]
+    run("generate.py", "--base", base, "--clip", base / "clip", "--data", pseudo, "--models", tmp_path / "models", "--images", 8,
+        "--rare", "own", "--steps", 2, "--embeddings", embeddings, "--batch", 8, "--out", tmp_path / "synthetic")
+    rows = imagefolder.read_metadata(tmp_path / "synthetic")
+    assert imagefolder.group_counts(rows) == {"y0-a0": 8, "y1-a0": 8}
+    sizes = imagefolder.group_counts(imagefolder.read_metadata(pseudo, "train"))
+    drawn = {unit: sum(row["unit"] == unit for row in rows) for unit in ("y0-a0-c0", "y0-a0-c1")}
+    assert drawn["y0-a0-c0"] == round(8 * sizes["y0-a0"] / (sizes["y0-a0"] + sizes["y0-a1"])) and sum(drawn.values()) == 8
+    assert {row["prompt"] for row in rows if row["unit"] == "y0-a0-c1"} == {"a photo of an even digit <y0-a1>"}
+    run("evaluation/images.py", "--data", unlabelled, "--embeddings", embeddings, "--clip", base / "clip", "--synthetic",
+        tmp_path / "synthetic", "--out", tmp_path / "images")
+    measured = [row for row in files.read_csv(tmp_path / "images" / "groups.csv") if row["method"] == "synthetic"]
+    assert [row["group"] for row in measured] == ["y0-a0", "y1-a0"]
+
+
 def test_a_share_of_each_units_images_is_a_balanced_val_set(tokens):
     rows = imagefolder.read_metadata(tokens / "synthetic")
     assert set(imagefolder.group_counts(row for row in rows if row["split"] == "val").values()) == {2}
