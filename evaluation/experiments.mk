@@ -31,7 +31,7 @@ paper:
 # sage (Luo et al. 2026) and tokens use images of one LoRA with a learned word for each pseudo-group, one-free those of one
 # DreamBooth, clustered-free those of a DreamBooth for each pseudo-group, vanilla-free those of the base model.
 PSEUDO ?= --within dataset
-TOKENS ?= --steps 300 --balance 0.25 --merge-above 0.8
+TOKENS ?= --steps 300 --balance 0.25 --merge-above 0.85
 FREE      = --groups $(RUN)/pseudo
 on-pseudo = --data $(RUN)/pseudo --val-share 0.25 --rare own
 pseudo.cluster          = --as-attribute --clip "$(CLIP)" $(PSEUDO)

@@ -354,7 +354,7 @@ def test_status_tells_what_is_done_and_to_do(house):
 def test_every_command_leaves_a_log(house):
     logs = {str(path.relative_to(house / "runs" / "digits-0.95" / "logs")): path.read_text().splitlines()
             for path in (house / "runs" / "digits-0.95" / "logs").rglob("*.log")}
-    assert {"digits-0.95.log", "embeddings.log", "models/lora.log", "classifiers/erm.log", "results/report.html.log"} <= set(logs)
+    assert {"digits-0.95.log", "embeddings.log", "models/lora.log", "classifiers/erm.log", "results.log"} <= set(logs)
     assert all(lines[0].startswith("$ ") and lines[-1].startswith("done in ") for lines in logs.values()), logs
     assert any("images, loss" in line for line in logs["models/lora.log"])
 
