@@ -221,8 +221,8 @@ def main(argv=None):
     rows = imagefolder.with_merged(imagefolder.read_metadata(args.data), merged)
     prompts = imagefolder.group_prompts(rows)
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
-    score_by = [imagefolder.class_prompts(rows), args.embeddings and [
-        models.embeddings_digest(args.embeddings), [(row["file_name"], imagefolder.group_of(row)) for row in rows]]]
+    train = [(row["file_name"], imagefolder.group_of(row)) for row in rows if row["split"] == "train"]
+    score_by = [imagefolder.class_prompts(rows), args.embeddings and [models.embeddings_digest(args.embeddings), train]]
     made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
                                              "embeddings", "rare", "rare_below", "rare_guidance", "val_share"), prompts, score_by,
                            files.model_digest(args.base), files.model_digest(args.clip),
