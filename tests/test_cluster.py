@@ -1,8 +1,12 @@
 """cluster.py: clusters within each group."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import files_of, run
+from conftest import ROOT, files_of, run, start
 
 from cluster import group_clusters, without_group_means
 from common import imagefolder
@@ -74,3 +78,19 @@ def test_clusters_in_a_folder_that_is_reached_through_a_link_lead_to_the_images(
     (tmp_path / "runs").symlink_to(tmp_path / "far" / "away" / "scratch")
     run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 1, "--out", tmp_path / "runs" / "c")
     assert len(imagefolder.read_metadata(tmp_path / "runs" / "c")) == 54
+
+
+def test_a_log_ends_with_done_or_with_the_error_and_status_shows_it(dataset, embeddings, tmp_path):
+    """Any stage would do: this one starts quickly."""
+    run_folder = tmp_path / "runs" / "x-0.9"
+    logs = os.environ | {"LOGS": str(run_folder / "logs")}
+    for out, given, status, last in (("clusters", embeddings, 0, "done in "), ("modes", tmp_path, 2, "cluster.py: error: ")):
+        process = start("cluster.py", "--data", dataset, "--embeddings", given, "--k", 2, "--min-size", 3, "--out",
+                        run_folder / out, stdout=-1, stderr=-1, env=logs)
+        process.communicate()
+        lines = (run_folder / "logs" / f"{out}.log").read_text().splitlines()
+        assert process.returncode == status and f"--out {run_folder / out}" in lines[0] and lines[-1].startswith(last)
+    status = (sys.executable, ROOT / "common" / "make.py", "status", run_folder / "clusters", run_folder / "modes")
+    shown = subprocess.run(status, capture_output=True, text=True, env=logs).stdout.splitlines()
+    assert shown[0].endswith(" done")
+    assert "failed: cluster.py: error: " in shown[1] and shown[1].endswith(f"({run_folder}/logs/modes.log)")

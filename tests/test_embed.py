@@ -1,14 +1,11 @@
 """data/embed.py: the embeddings of a dataset's images, and how the stages read them."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_of, run, start
+from conftest import files_of, run
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -146,18 +143,3 @@ def test_shards_leave_parts_that_make_the_same_bytes_and_what_is_missing_is_embe
     assert files_of(tmp_path / "e") == files_of(tmp_path / "whole")
     run(*args, tmp_path / "e", "--shard", "1/3")
     assert files_of(tmp_path / "e") == files_of(tmp_path / "whole")
-
-
-def test_a_log_ends_with_done_or_with_the_error_and_status_shows_it(base, dataset, tmp_path):
-    run_folder = tmp_path / "runs" / "x-0.9"
-    logs = {"LOGS": str(run_folder / "logs")}
-    for out, clip, status, last in (("embeddings", base / "clip", 0, "done in "), ("others", tmp_path, 2, "embed.py: error: --clip")):
-        process = start("data/embed.py", "--data", dataset, "--clip", clip, "--out", run_folder / out, stdout=-1, stderr=-1,
-                        env=os.environ | logs)
-        process.communicate()
-        lines = (run_folder / "logs" / f"{out}.log").read_text().splitlines()
-        assert process.returncode == status and f"--out {run_folder / out}" in lines[0] and lines[-1].startswith(last)
-    shown = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", run_folder / "embeddings",
-                            run_folder / "others"], capture_output=True, text=True, env=os.environ | logs).stdout.splitlines()
-    assert shown[0].endswith(" done")
-    assert "failed: embed.py: error: --clip" in shown[1] and shown[1].endswith(f"({run_folder}/logs/others.log)")

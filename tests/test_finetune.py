@@ -153,13 +153,13 @@ def test_shards_of_another_number_that_own_the_same_unit_are_refused(base, datas
 
 
 @pytest.mark.parametrize("more", (("--method", "lora"),) + (("--method", "dreambooth", "--ema-decay", 0.9),) * LONG)
-def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
+def test_a_killed_unit_resumes_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4})
     args = ("finetune.py", *more, "--base", base, "--data", data, "--steps", 60, "--batch", 2, "--learning-rate", 1e-2,
             "--schedule", "cosine")
     run(*args, "--checkpoint-every", 0, "--out", tmp_path / "whole")
     cut, reached = (*args, "--checkpoint-every", 2, "--out", tmp_path / "cut"), [0]
-    for _ in range(2):
+    for _ in range(1 + LONG):
         process = start(*cut, stdout=-1, stderr=-1)
         while (now := checkpointed(tmp_path / "cut" / ".y0-a0.partial" / "loss.csv")) <= reached[-1]:
             assert process.poll() is None
@@ -167,7 +167,7 @@ def test_a_unit_killed_twice_resumes_exactly_from_its_checkpoint(base, dataset, 
         process.kill()
         process.wait()
         reached.append(now)
-    assert 0 < reached[1] < reached[2] < 60
+    assert 0 < reached[1] <= reached[-1] < 60
     run(*cut)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 

@@ -179,10 +179,10 @@ def test_a_folder_that_another_process_writes_is_refused_while_that_process_live
 def test_edited_lost_and_unfinished_results_are_made_again_and_nothing_else_is_trained(house):
     before = files_of(house / "runs", but=SECONDS)
     run, images = house / "runs" / "digits-0.95", sorted((house / "data" / "digits-0.95" / "images").iterdir())
-    (run / "synthetic" / "vanilla" / "y0-a0" / "00000.png").unlink()
+    (run / "synthetic" / "lora" / "y0-a0" / "00000.png").unlink()
     shutil.rmtree(run / "models" / "lora" / "y1-a0")
     (run / "classifiers" / "erm" / "seed0" / "predictions.csv").unlink()
-    assert {"synthetic/vanilla", "models/lora", "classifiers/erm", "results"} <= set(would_run(house))
+    assert {"synthetic/lora", "models/lora", "classifiers/erm", "results"} <= set(would_run(house))
     (run / "results" / "results.csv").write_text("edited")
     (run / "images" / "config.json").write_text("{")
     assert "images" in would_run(house)
