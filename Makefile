@@ -126,5 +126,5 @@ clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt && touch $@
-.PHONY: all base bench sweep paper ablate dryrun test torture status help clean FORCE
+.PHONY: all base bench sweep paper ablate dryrun failures test torture test-slurm status help clean FORCE
 .DELETE_ON_ERROR:
