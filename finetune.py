@@ -301,7 +301,7 @@ def train_units(todo, units, base_digest, args):
             files.write_csv(out / "loss.csv", curve)
             cards.of_weights(out / "README.md", unit, args)
             stage.finish_unit(out, args, unit.key, base=base_digest, images=len(unit.rows),
-                              encoding_seconds=round(encoding, 1), **stage.spent(begin))
+                              encoding_seconds=round(encoding, 3), **stage.spent(begin))
         files.remove(args.out / f".{unit.name}.partial")
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.title}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}", flush=True)

@@ -13,7 +13,7 @@ from evaluation import projection
 
 SETTINGS = ("dryrun", "RECIPES=erm lora", "DRYRUN=--photos 8", "LORA=--steps 150 --batch 4 --learning-rate 1e-3",
             "GENERATE=--steps 10 --guidance-scale 1 --batch 8", "CLASSIFIER=--batch 16")
-STAGES = ["read images", "embed", "cluster", "generate", "finetune lora", "train erm", "train two-stage", "images"]
+STAGES = ["read images", "embed", "cluster", "images", "generate", "finetune lora", "train erm", "train two-stage"]
 
 
 def dryrun(house, *more):
