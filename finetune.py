@@ -242,7 +242,8 @@ def parse(argv=None):
     how.add_argument("--learning-rate", type=positive, help="default: 1e-4 for lora, 5e-6 for dreambooth (diffusers)")
     how.add_argument("--initial-word", default="photo", help="what learned identifiers begin as (SAGE: photo)")
     how.add_argument("--identifier-rate", type=positive, default=1e-2, help="learning rate of learned identifiers")
-    how.add_argument("--schedule", choices=("constant", "constant_with_warmup", "linear", "cosine"), default="constant")
+    how.add_argument("--schedule", choices=("constant", "constant_with_warmup", "linear", "cosine"), default="constant",
+                     help="of the learning rate")
     how.add_argument("--warmup", type=stage.number(int, 0), default=0, help="warm-up steps of the schedule")
     how.add_argument("--weight-decay", type=positive, default=0.01, help="weight decay of AdamW")
     how.add_argument("--prior-weight", type=positive, default=1.0, help="weight of the prior loss (DreamBooth: 1)")
@@ -315,7 +316,7 @@ def publish(units, base_digest, args, inputs):
     images behind it.
     """
     stage.remove_other_units(args.out, {unit.name for unit in units})
-    draws, merged = {}, merged_groups(units, args)
+    draws, merged = {}, merged_groups(args.out / units[0].name, args) if args.merge_above < 1 else {}
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):
             suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
@@ -323,19 +324,18 @@ def publish(units, base_digest, args, inputs):
             if (row["y"], a) in merged:
                 a, suffix = merged[row["y"], a], f"-c{a}"
             draw = draws.setdefault((unit.name, row["y"], template), {
-                "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix, "prompt": template,
-                "images": 0})
+                "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix, "prompt": template, "images": 0})
             draw["images"] += 1
     stage.finish(args.out, args, files.digest([unit.key for unit in units]), inputs, base=base_digest,
                  draws=list(draws.values()), merged=[(y, a, into) for (y, a), into in merged.items()])
 
 
-def merged_groups(units, args):
-    """{(y, a): a of the group that it is drawn with}, for groups of a class whose learned words are alike: by single linkage of
-    the cosine distances of their embeddings (SAGE, Luo et al. 2026)."""
-    from sklearn.cluster import AgglomerativeClustering
+def merged_groups(folder, args):
+    """{(y, a): a of the group that it is drawn with}, for groups of a class whose words, learned by the unit in `folder`, are
+    alike: by single linkage of the cosine distances of their embeddings (SAGE, Luo et al. 2026)."""
+    from sklearn.cluster import AgglomerativeClustering  # slow to import
 
-    merged, words = {}, models.read_tokens(args.out / units[0].name) if args.merge_above < 1 else {}
+    merged, words = {}, models.read_tokens(folder)
     linkage = AgglomerativeClustering(None, metric="cosine", linkage="single", distance_threshold=1 - args.merge_above)
     groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words if "-c" not in word)
     for y in {y for y, _ in groups}:

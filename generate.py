@@ -232,8 +232,9 @@ def main(argv=None):
     shard, shards = args.shard
     mine = draws[shard % len(draws)::shards]
     for draw in mine:  # where there are fewer draws than shards, several shards share the images of one
-        draw["part"], draw["parts"] = shard // len(draws), math.ceil((shards - shard % len(draws)) / len(draws))
-    stage.claim(args, [draw["name"] if draw["parts"] <= 1 else f"{draw['name']}.{draw['part']}" for draw in mine])
+        draw["parts"] = math.ceil((shards - shard % len(draws)) / len(draws))
+        draw["part"] = shard // len(draws) if draw["parts"] > 1 else None
+    stage.claim(args, [draw["name"] if draw["part"] is None else f"{draw['name']}.{draw['part']}" for draw in mine])
     todo = [draw for draw in mine if not is_filled(args.out / draw["name"], draw, args)]
     if todo:
         for draw in todo:
@@ -245,10 +246,9 @@ def main(argv=None):
         stage.start(args, {draw["name"]: draw["share"] for draw in draws})
         (args.out / "metadata.csv").unlink(missing_ok=True)
     for draw in todo:
-        begin, part = time.monotonic(), draw["part"] if draw["parts"] > 1 else None
-        work = candidates.unfinished(args.out, draw["name"], draw["key"], part)
+        begin, work = time.monotonic(), candidates.unfinished(args.out, draw["name"], draw["key"], draw["part"])
         sampler.load(draw["folder"])
-        if part is not None:
+        if draw["part"] is not None:
             draw_part(sampler.pipe, score, draw, work, args)
             continue
         fill(sampler.pipe, score, draw, work, args)

@@ -59,18 +59,18 @@ def embed_part(rows, key, args):
 
 def parts_of(out, key):
     """{(first, last): embeddings} that shards have left."""
-    found = (path.name.removesuffix(".partial").split("-")[1:] for path in out.glob(f".{key}-*.partial"))
-    return {(int(first), int(last)): np.load(out / f".{key}-{first}-{last}.partial") for first, last in found}
+    return {tuple(map(int, path.stem.split("-")[1:])): np.load(path) for path in out.glob(f".{key}-*.partial")}
 
 
 def joined(parts, rows, args):
     """The embeddings of all rows: those of the parts, and what no shard has left."""
-    missing = sorted(set(range(len(rows))).difference(*(range(*part) for part in parts)))
-    parts[None] = embed([rows[i] for i in missing], args) if missing else next(iter(parts.values()))[:0]
-    embeddings = np.empty((len(rows), parts[None].shape[1]), np.float32)
-    embeddings[missing] = parts.pop(None)
-    for (first, last), part in parts.items():
-        embeddings[first:last] = part
+    pieces = [(range(*part), embeddings) for part, embeddings in parts.items()]
+    missing = sorted(set(range(len(rows))).difference(*(indices for indices, _ in pieces)))
+    if missing:
+        pieces.append((missing, embed([rows[i] for i in missing], args)))
+    embeddings = np.empty((len(rows), pieces[0][1].shape[1]), np.float32)
+    for indices, piece in pieces:
+        embeddings[indices] = piece
     return embeddings
 
 

@@ -169,9 +169,11 @@ def scaling(table, devices):
     Work is divided evenly, but a stage waits for the one before it, and is divided into no more parts than it has: images to
     embed and to draw, units to fine-tune, seeds to train; all else is one part. longest: the stage that takes most of that chain.
     """
+    divided = {"embed": "images", "generate": "images", "finetune": "units", "train": "units"}
+
     def on(count, line):
-        parts = line["units"] if line["stage"].startswith(("finetune", "train")) else line["images"]
-        return line["hours"] / min(count, parts if line["stage"].startswith(("embed", "generate", "finetune", "train")) else 1)
+        parts = line[divided[kind]] if (kind := line["stage"].split()[0]) in divided else 1
+        return line["hours"] / min(count, parts)
 
     lines, found = [line for line in table if line["hours"]], []
     total = sum(line["hours"] for line in lines)
