@@ -1,72 +1,64 @@
-"""Stage 3: draws a group-balanced synthetic set from the fine-tuned models and filters it with CLIP.
+"""Stage 3: draws a group-balanced synthetic set from the fine-tuned models and filters it.
 
     python generate.py --base base/miniature --clip base/miniature/clip --data data/digits-0.95 \\
-        --embeddings runs/digits-0.95/embeddings --models runs/digits-0.95/models/lora --out runs/digits-0.95/synthetic/lora
+        --embeddings runs/digits-0.95/embeddings --models runs/digits-0.95/models/lora \\
+        --out runs/digits-0.95/synthetic/lora
 
-Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the base model draws them from
-the group's prompt. A rare group (see --rare) is drawn by the models of its class's most common one, without their identifier
-and away from that group's words (paper, severe bias). Of the images drawn, the share --keep with the best CLIP score is
-selected (paper, CLIP filter). An image is determined by (seed, unit, index) alone. The safety checker is off: a blackened
-image is no training image.
+Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the
+base model draws them from the group's prompt. A rare group (see --rare) is drawn by the models of
+its class's most common one, without their identifier and away from that group's words (paper,
+severe bias). Of the images drawn, the share --keep with the best CLIP score is selected (paper,
+CLIP filter). An image is determined by (seed, unit, index) alone. The safety checker is off: a
+blackened image is no training image.
 
-Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv (the selected images in the
-one format, with columns unit, clip_score, and what diffusers needs to draw an image again: seed, prompt, negative_prompt,
-guidance_scale), OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
+Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
+(the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
+draw an image again: seed, prompt, negative_prompt, guidance_scale), OUT/<unit>/*.png and
+candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
 """
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from common import candidates, cards, files, imagefolder, models, stage
+from common import cards, clip, compute, files, imagefolder, made, models, stage, weights
 from common.files import InputError
 
 np = stage.lazy("numpy")
 torch = stage.lazy("torch")
 
-# ---------------------------------------------------------------------------------------------- the method
-
-
-def share_out(images, weights):
-    """Splits `images` in proportion to the weights, largest remainders first: ints that sum to images."""
-    exact = [images * weight / sum(weights) for weight in weights]
-    shares = [int(part) for part in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[:images - sum(shares)]:
-        shares[i] += 1
-    return shares
+# -------------------------------------------------------------------------------------- the method
 
 
 class ClipScore:
-    """How well images show their group, by CLIP: alpha * similarity to the prompt of the class + (1 - alpha) * similarity to
-    the mean embedding of the group's real training images (paper, CLIP filter), cosines both.
-    Where the group has no training images the first term counts alone. With --clip-threshold instead (ours): the probability
-    that CLIP gives the group's prompt among those of all groups.
+    """How well images show their group (paper, CLIP filter), all similarities being cosines.
+
+    alpha * similarity to the prompt of the class + (1 - alpha) * similarity to the mean embedding
+    of the group's real training images. Where there are none the first term counts alone.
     """
 
-    def __init__(self, clip, rows, prompts, args):
-        self.clip, self.args, self.groups, self.centroids = clip, args, list(prompts), {}
-        self.texts = clip.texts(list(prompts.values()))
-        if args.clip_threshold is None:
-            by_class = imagefolder.class_prompts(rows)
-            self.classes = {y: normalised(clip.texts(texts).mean(0)) for y, texts in by_class.items()}
-            train = [row for row in rows if row["split"] == "train"] if args.alpha < 1 else []
-            embeddings = models.read_embeddings(args.embeddings, train, clip) if train else None
+    def __init__(self, encoder, rows, alpha, embeddings):
+        self.encoder, self.alpha, self.classes, self.means = encoder, alpha, {}, {}
+        for y, texts in imagefolder.class_prompts(rows).items():
+            self.classes[y] = normalised(encoder.texts(texts).mean(0))
+        train = [row for row in rows if row["split"] == "train"]
+        if train and alpha < 1:
+            found = clip.read_embeddings(embeddings, train, encoder)
             for group in imagefolder.group_counts(train):
                 members = imagefolder.members_of(group, train)
-                self.centroids[group] = normalised(torch.from_numpy(embeddings[members].mean(0)))
+                self.means[group] = normalised(torch.from_numpy(found[members].mean(0)))
 
     def __call__(self, images, group):
         """Scores of PIL images that are to show this group: [float]."""
-        embeddings = self.clip.images(images)
-        self.clip.rest()  # until the next images are drawn
-        if self.args.clip_threshold is not None:
-            return self.clip.probabilities(embeddings, self.texts)[:, self.groups.index(group)].tolist()
+        embeddings = self.encoder.images(images)
+        self.encoder.rest()  # until the next images are drawn
         scores = embeddings @ self.classes[imagefolder.labels_of(group)[0]]
-        if group in self.centroids:
-            scores = self.args.alpha * scores + (1 - self.args.alpha) * embeddings @ self.centroids[group]
+        if group in self.means:
+            to_mean = embeddings @ self.means[group]
+            scores = self.alpha * scores + (1 - self.alpha) * to_mean
         return scores.tolist()
 
 
@@ -74,131 +66,81 @@ def normalised(embedding):
     return torch.nn.functional.normalize(embedding, dim=0)
 
 
-def selected(drawn, share, args):
-    """The candidates that make up a unit's share: the best --keep of those drawn, or those above --clip-threshold; fewer than
-    `share` if not enough have been drawn."""
-    sound, wanted = [row for row in drawn if not row["fault"]], sound_ones(share, args)
-    if args.clip_threshold is not None:
-        return [row for row in sound if float(row["clip_score"]) >= args.clip_threshold][:share]
-    best = sorted(sound[:wanted], key=lambda row: -float(row["clip_score"]))[:share] if len(sound) >= wanted else []
-    return sorted(best, key=lambda row: row["index"])
+def selected(drawn, share, keep):
+    """The `share` candidates with the best CLIP score, among the first share / keep sound ones.
 
-
-def sound_ones(share, args):
-    """How many sound candidates a share takes at least."""
-    return share if args.clip_threshold is not None else math.ceil(share / args.keep)
-
-
-def considered(drawn, kept, args):
-    """The candidates from which a share was selected: without those that only complete the last batch."""
-    if args.clip_threshold is not None:
-        return drawn[:kept[-1]["index"] + 1]
-    sound = [row for row in drawn if not row["fault"]]
-    return drawn[:sound[sound_ones(len(kept), args) - 1]["index"] + 1]
-
-
-def draw_images(pipe, draw, indices, args):
-    """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1]."""
-    seeds = [stage.seed_of(args.seed, draw["name"], index) for index in indices]
-    return pipe([draw["prompt"]] * len(seeds), negative_prompt=[draw["negative"]] * len(seeds), num_inference_steps=args.steps,
-                guidance_scale=draw["guidance"], output_type="np",
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
-
-
-def fill(pipe, score, draw, out, args):
-    """Draws candidates of one unit, batch by batch, until `draw["share"]` of them are selected.
-
-    `out` holds the images and candidates.csv. An interrupted unit resumes from what is there; batches begin at
-    multiples of --batch, so that it draws the very same images.
+    Returns (them, the candidates that they were selected from), in the order of their indices;
+    the former is [] if not enough have been drawn.
     """
-    there, rows = candidates.that_are_there(out, draw["key"]), []
-    with imagefolder.progress(None, draw["name"], "image", total=at_least(draw, args), initial=len(there)) as bar:
-        while len(found := selected(rows, draw["share"], args)) < draw["share"]:
-            if len(rows) >= args.max_tries * sound_ones(draw["share"], args) + args.batch:
-                raise InputError(draw["title"], f"{len(found)} of {len(rows)} images kept, {draw['share']} wanted",
-                                 "fine-tune longer or otherwise, raise --max-tries or lower --clip-threshold")
-            indices = range(len(rows), len(rows) + args.batch)
-            if not there.keys() >= set(indices):
-                there |= draw_batch(pipe, score, draw, indices, out, args)
-                candidates.write(out, there)
-                bar.update(args.batch)
-            rows += [there[index] for index in indices]
-    candidates.write(out, dict(enumerate(rows)))
-    print(f"{draw['title']}: {len(rows)} images drawn, {draw['share']} kept", flush=True)
+    wanted = math.ceil(share / keep)
+    sound = [row for row in drawn if not row["fault"]][:wanted]
+    if len(sound) < wanted:
+        return [], drawn
+    best = sorted(sound, key=lambda row: -float(row["clip_score"]))[:share]
+    return sorted(best, key=lambda row: row["index"]), drawn[:sound[-1]["index"] + 1]
 
 
-def draw_part(pipe, score, draw, out, args):
-    """Draws one of every draw["parts"] batches of a unit that several shards share, for fill() to go on with."""
-    there = candidates.that_are_there(out, draw["key"])
-    whole = (args.out / draw["name"], candidates.hidden(args.out, draw["name"]))
-    others = [candidates.that_are_there(folder, draw["key"]) for folder in whole]
-    for first in range(draw["part"] * args.batch, at_least(draw, args), draw["parts"] * args.batch):
-        indices = range(first, first + args.batch)
-        if not any(known.keys() >= set(indices) for known in (there, *others)):
-            there |= draw_batch(pipe, score, draw, indices, out, args)
-            candidates.write(out, there)
-    print(f"{draw['title']}: {len(there)} images drawn by shard {args.shard[0]}", flush=True)
+# --------------------------------------------------------------------------------------- the units
 
 
-def at_least(draw, args):
-    """How many candidates a unit takes, unless some turn out to be unsound: whole batches."""
-    return math.ceil(sound_ones(draw["share"], args) / args.batch) * args.batch
+@dataclass
+class Draw:
+    """What is to be drawn: images of one group by one unit's model."""
 
-
-def draw_batch(pipe, score, draw, indices, out, args):
-    """Draws the candidates `indices` and saves them. Returns {index: row of candidates.csv}."""
-    arrays = draw_images(pipe, draw, indices, args)
-    images = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in np.nan_to_num(arrays)]
-    rows = [{"index": index, "clip_score": f"{value:.4f}", "fault": fault_of(array)}
-            for index, array, value in zip(indices, arrays, score(images, draw["group"]))]
-    for row, image in zip(rows, images):
-        if not row["fault"]:
-            image.save(out / candidates.image_name(row))
-    return {row["index"]: row for row in rows}
-
-
-def fault_of(image):
-    """Why an image, (H, W, 3) float array in [0, 1], cannot be used, or an empty string."""
-    return "nan" if not np.isfinite(image).all() else "blank" if image.std((0, 1)).max() < 0.01 else ""
-
-
-# ------------------------------------------------------------------------------------------------- the units
+    name: str  # of the folder: the group, and the unit if it is a part of one
+    group: str
+    title: str  # for people
+    prompt: str
+    negative: str  # negative prompt
+    guidance: float  # guidance scale
+    weights: Path | None  # folder of the unit; None: the base model's own
+    trained: str | None  # key of these weights
+    share: int  # images that are wanted
+    key: str = ""
 
 
 def draws_of(rows, prompts, titles, args):
-    """What is to be drawn: one dict per unit, with its name, group, prompt, negative prompt, guidance scale, folder of
-    weights (or None) and share of the images."""
-    trained = models.read_draws(args.models, args.base) if args.models else []
+    """The draws for all groups. prompts, titles: {group: ...}."""
+    trained = weights.read_draws(args.models, args.base) if args.models else []
+    base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
     counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     fewest = {"own": 1, "auto": args.rare_below, "transfer": math.inf}[args.rare]
     draws = []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
-        mine = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
-        negative, guidance, common = "", args.guidance_scale, imagefolder.correlated_attribute(counts, y)
-        from_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
-        other = imagefolder.group_name(y, common)
-        if a != common and from_common and counts.get(group, 0) < fewest:
-            mine, negative, guidance = transferred(from_common), words_in(prompts[other], text), args.rare_guidance
+        common = imagefolder.correlated_attribute(counts, y)
+        own = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
+        of_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
+        units, negative, guidance = own or [base], "", args.guidance_scale
+        if a != common and of_common and counts.get(group, 0) < fewest:
+            # The paper's severe bias: the common group's models, without their identifier. The
+            # rare group's prompt swaps the attribute's words; the others are the negative prompt.
+            other = imagefolder.group_name(y, common)
+            units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
+                     for draw in of_common]
+            negative, guidance = words_in(prompts[other], text), args.rare_guidance
             print(f"{titles[group]}: drawn by the models of {titles[other]}")
-        elif args.models and not mine:
+        elif args.models and not own:
             print(f"{titles[group]}: no training images, drawn by the base model")
-        mine = mine or [{"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}]
-        shares = share_out(args.images, [draw["images"] if args.share == "size" else 1 for draw in mine])
-        draws += [{"name": group + draw["suffix"], "group": group,
-                   "title": imagefolder.unit_title(group + draw["suffix"], titles),
-                   "prompt": draw["prompt"].replace("{text}", text), "negative": negative, "guidance": guidance,
-                   "folder": draw["unit"] and args.models / draw["unit"], "trained": draw["key"], "share": share}
-                  for draw, share in zip(mine, shares) if share]
+        shares = share_out(args.images, [unit["images"] for unit in units])
+        for unit, share in zip(units, shares):
+            name = group + unit["suffix"]
+            if share:
+                draws.append(Draw(
+                    name, group, imagefolder.unit_title(name, titles),
+                    unit["prompt"].replace("{text}", text), negative, guidance,
+                    unit["unit"] and args.models / unit["unit"], unit["key"], share))
     return draws
 
 
-def transferred(draws):
-    """The draws of a common group's units, for the rare group of its class (paper, severe bias): without the identifier.
-
-    The rare group's own prompt swaps the attribute's words, and the common group's become the negative prompt.
-    """
-    return [dict(draw, prompt="{text}", suffix=f"-by-{draw['unit']}") for draw in draws]
+def share_out(images, sizes):
+    """Splits `images` in proportion to sizes, largest remainders first: ints of that sum."""
+    exact = [images * size / sum(sizes) for size in sizes]
+    shares = [int(part) for part in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[:images - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def words_in(prompt, other):
@@ -206,132 +148,266 @@ def words_in(prompt, other):
     return " ".join(word for word in prompt.split() if word not in other.split())
 
 
-def splits(count, share):
-    """The split of each of `count` images: val for a share of them, evenly spread, else train."""
-    return ["val" if int((i + 1) * share) > int(i * share) else "train" for i in range(count)]
+# ------------------------------------------------------------------------------------- the drawing
+# All images that were drawn of a unit are its candidates: <index>.png, and a row in candidates.csv
+# with index, clip_score and fault. An unfinished unit is a hidden folder, .<unit>.partial.
 
 
-# ------------------------------------------------------------------------------------------------ the stage
+def draw_images(pipe, draw, indices, args):
+    """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1]."""
+    seeds = [stage.seed_of(args.seed, draw.name, index) for index in indices]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe([draw.prompt] * len(seeds), negative_prompt=[draw.negative] * len(seeds),
+                num_inference_steps=args.steps, guidance_scale=draw.guidance, output_type="np",
+                generator=generators).images
+
+
+def draw_batches(sampler, score, batches, args):
+    """Draws and saves the batches, [(draw, number)]. Returns the seconds of each, [(name, float)].
+
+    Each process has a table of the candidates that it has drawn of a unit.
+    """
+    seconds, loaded, table = [], None, f"candidates-{compute.RANK}.csv"
+    with imagefolder.progress(None, "generate", "image", total=len(batches) * args.batch) as bar:
+        for draw, number in batches:
+            begin = time.monotonic()
+            work = unfinished(draw, args)
+            if draw is not loaded:
+                sampler.load(draw.weights)
+                loaded, rows = draw, candidates(work, table)
+            indices = range(number * args.batch, (number + 1) * args.batch)
+            arrays = draw_images(sampler.pipe, draw, indices, args)
+            images = [Image.fromarray((array * 255).round().astype(np.uint8))
+                      for array in np.nan_to_num(arrays)]
+            for index, array, image, value in zip(indices, arrays, images,
+                                                  score(images, draw.group)):
+                fault = fault_of(array)
+                rows[index] = {"index": index, "clip_score": f"{value:.4f}", "fault": fault}
+                if not fault:
+                    image.save(work / image_name(index))
+            files.write_csv(work / table, [rows[index] for index in sorted(rows)])
+            bar.update(args.batch)
+            seconds.append((draw.name, time.monotonic() - begin))
+    return seconds
+
+
+def fault_of(image):
+    """Why an image, (H, W, 3) float array in [0, 1], cannot be used, or an empty string."""
+    if not np.isfinite(image).all():
+        return "nan"
+    return "blank" if image.std((0, 1)).max() < 0.01 else ""
+
+
+def batches_needed(draw, args):
+    """The numbers of the batches that a unit still needs, if all of their images are sound.
+
+    Batches begin at multiples of --batch, so that a resumed unit draws the very same images.
+    """
+    there, needed = candidates(unfinished(draw, args)), []
+    wanted, number = math.ceil(draw.share / args.keep), 0
+    most = args.max_tries * wanted + args.batch
+    while wanted > 0:
+        if number * args.batch >= most:
+            raise InputError(draw.title, f"0 of {len(there)} images kept, {draw.share} wanted",
+                             "fine-tune longer or otherwise, or raise --max-tries")
+        indices = range(number * args.batch, (number + 1) * args.batch)
+        if there.keys() >= set(indices):
+            wanted -= sum(not there[index]["fault"] for index in indices)
+        else:
+            needed.append(number)
+            wanted -= args.batch
+        number += 1
+    return needed
+
+
+def image_name(index):
+    return f"{index:05}.png"
+
+
+def unfinished(draw, args):
+    return args.out / f".{draw.name}.partial"
+
+
+def begin_unit(draw, args):
+    """The hidden folder of a unit: new, or with what is there for the same key."""
+    path, work = args.out / draw.name, unfinished(draw, args)
+    if files.read_json(work / "config.json").get("key") == draw.key:
+        return
+    files.remove(work)
+    if files.read_json(path / "config.json").get("key") == draw.key:  # more images are wanted
+        for lost in made.changed_files(path):
+            (path / lost).unlink(missing_ok=True)
+        path.rename(work)
+    else:
+        work.mkdir(parents=True)
+        files.write_json(work / "config.json", {"key": draw.key})
+
+
+def candidates(folder, table="candidates*.csv"):
+    """{index: row} of the candidates of a folder whose images are there, in order."""
+    rows = {}
+    for path in folder.glob(table):
+        for row in files.read_csv(path, "remove its folder to draw it again"):
+            index = int(row["index"])
+            if row["fault"] or (folder / image_name(index)).is_file():
+                rows[index] = row | {"index": index}
+    return dict(sorted(rows.items()))
+
+
+# --------------------------------------------------------------------------------------- the stage
 
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     merged = files.read_json(args.models / "config.json").get("merged", []) if args.models else []
     rows = imagefolder.with_merged(imagefolder.read_metadata(args.data), merged)
     prompts = imagefolder.group_prompts(rows)
     draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
-    train = [(row["file_name"], imagefolder.group_of(row)) for row in rows if row["split"] == "train"]
-    score_by = [imagefolder.class_prompts(rows), args.embeddings and [models.embeddings_digest(args.embeddings), train]]
-    made_by = files.digest(stage.settings_of(args, "base", "clip", "images", "share", "max_tries", "drop_weights", "keep",
-                                             "embeddings", "rare", "rare_below", "rare_guidance", "val_share"), prompts, score_by,
-                           files.model_digest(args.base), files.model_digest(args.clip),
-                           stage.code_digest(__file__, models.__file__, stage.seed_of))
-    for draw in draws:
-        draw["key"] = files.digest(made_by, draw["name"], draw["prompt"], draw["negative"], draw["guidance"], draw["trained"])
-    shard, shards = args.shard
-    mine = draws[shard % len(draws)::shards]
-    for draw in mine:  # where there are fewer draws than shards, several shards share the images of one
-        draw["parts"] = math.ceil((shards - shard % len(draws)) / len(draws))
-        draw["part"] = shard // len(draws) if draw["parts"] > 1 else None
-    stage.claim(args, [draw["name"] if draw["part"] is None else f"{draw['name']}.{draw['part']}" for draw in mine])
-    todo = [draw for draw in mine if not is_filled(args.out / draw["name"], draw, args)]
+    made_by = add_keys(draws, rows, prompts, args)
+    todo = [draw for draw in draws if not is_filled(draw, args)]
     if todo:
-        for draw in todo:
-            models.check_weights(draw["folder"], draw["trained"])
-        device = models.pick_device(args.device)
-        sampler = models.Sampler(args.base, device, models.use_bf16(args.precision, device))
-        score = ClipScore(models.Clip(args.clip, device), rows, prompts, args)
-        models.token_ids(sampler.pipe.tokenizer, [draw["prompt"] for draw in todo])  # raises if one is too long
-        stage.start(args, {draw["name"]: draw["share"] for draw in draws})
-        (args.out / "metadata.csv").unlink(missing_ok=True)
-    for draw in todo:
-        begin, work = time.monotonic(), candidates.unfinished(args.out, draw["name"], draw["key"], draw["part"])
-        sampler.load(draw["folder"])
-        if draw["part"] is not None:
-            draw_part(sampler.pipe, score, draw, work, args)
-            continue
-        fill(sampler.pipe, score, draw, work, args)
-        stage.finish_unit(work, args, draw["key"], **stage.spent(begin))
-        files.remove(args.out / draw["name"])
-        work.rename(args.out / draw["name"])
-    if shards == 1:
-        publish(draws, prompts, made_by, args, inputs, merged)
+        draw_all(todo, {draw.name: draw.share for draw in draws}, rows, args)
+    compute.gather([])
+    if compute.FIRST:
+        publish(draws, prompts, made_by, merged, args)
 
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    count = stage.number(int, 1)
-    parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    parser.add_argument("--models", type=Path, help="output folder of finetune.py; default: vanilla, the base model itself")
-    parser.add_argument("--data", type=Path, required=True, help="prepared dataset folder, for its groups and their prompts")
-    parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that filters")
-    parser.add_argument("--images", type=count, default=250, help="images per group")
-    parser.add_argument("--val-share", type=stage.number(float, 0, 0.9), default=0.0, help="share of the images that become "
-                        "split val, for train_classifier.py --val synthetic")
-    parser.add_argument("--share", choices=("size", "even"), default="size", help="how a group's images are divided among its "
-                        "units: by their training images, or evenly")
-    parser.add_argument("--steps", type=count, default=20, help="steps of DPM-Solver++")
-    parser.add_argument("--guidance-scale", type=stage.number(float, 1), default=2.0, help="1: no guidance, half the cost")
-    parser.add_argument("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group that is not the "
-                        "most common one of its class: own: models of its own; transfer: that one's models (paper); "
-                        "auto: transfer if it has fewer than --rare-below training images")
-    parser.add_argument("--rare-below", type=count, default=10, help="for --rare auto")
-    parser.add_argument("--rare-guidance", type=stage.number(float, 1), default=2.0, help="guidance scale of transferred groups; "
-                        "above 1, their negative prompt takes effect")
-    parser.add_argument("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images "
-                        "drawn for a unit that is kept, those with the best CLIP score (paper: 0.75); 1: no filter")
-    parser.add_argument("--alpha", type=stage.number(float, 0, 1), default=0.5, help="weight of the class's prompt in the CLIP "
-                        "score; the rest is that of the group's mean embedding (paper: 0.5)")
-    parser.add_argument("--embeddings", type=Path, help="of DATA's images, for that mean: output folder of data/embed.py")
-    parser.add_argument("--clip-threshold", type=stage.number(float, 0, 1), help="instead: keep all images to "
-                        "whose own group CLIP gives this probability among the prompts of all groups (ours); 0: no filter")
-    parser.add_argument("--max-tries", type=count, default=20, help="candidates per image that is needed before giving up")
-    parser.add_argument("--batch", type=count, default=64, help="images drawn at once")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all images")
-    parser.add_argument("--drop-weights", action=stage.Flag, default=False, help="remove MODELS' weights once all is drawn")
-    models.add_device_flags(parser)
-    parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: draw every n-th unit, from the i-th on; of "
-                        "fewer units than shards, a part of the images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    count, scale, share = (stage.number(int, 1), stage.number(float, 1), stage.number(float, 0, 1))
+    add = parser.add_argument
+    add("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
+    add("--models", type=Path, help="output folder of finetune.py; default: the base model (vanilla)")
+    add("--data", type=Path, required=True, help="dataset folder, for its groups and their prompts")
+    add("--clip", required=True, help="folder or hub id of the CLIP model that filters")
+    add("--images", type=count, default=250, help="images per group")
+    add("--val-share", type=stage.number(float, 0, 0.9), default=0.0, help="share of the images "
+        "that become split val, for train_classifier.py --val synthetic")
+    add("--steps", type=count, default=20, help="steps of DPM-Solver++")
+    add("--guidance-scale", type=scale, default=2.0, help="1: no guidance, half the cost")
+    add("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group "
+        "that is not the most common one of its class: own: models of its own; transfer: that "
+        "one's models (paper); auto: transfer if it has fewer than --rare-below training images")
+    add("--rare-below", type=count, default=10, help="for --rare auto")
+    add("--rare-guidance", type=scale, default=2.0, help="guidance scale of transferred groups; "
+        "above 1, their negative prompt takes effect")
+    add("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images drawn "
+        "for a unit that is kept, those with the best CLIP score (paper: 0.75); 1: no filter")
+    add("--alpha", type=share, default=0.5, help="weight of the class's prompt in the CLIP score; "
+        "the rest is that of the group's mean embedding (paper: 0.5)")
+    add("--embeddings", type=Path, help="of DATA's images, for that mean: of data/embed.py")
+    add("--max-tries", type=count, default=20, help="candidates per image before giving up")
+    add("--batch", type=count, default=64, help="images drawn at once")
+    add("--seed", type=int, default=0, help="seed of all images")
+    add("--drop-weights", action=stage.Flag, default=False,
+        help="remove MODELS' weights once all is drawn")
+    compute.add_flags(parser)
+    add("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
-    if args.clip_threshold is None and args.alpha < 1 and not args.embeddings:
-        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images", "run data/embed.py, or use --alpha 1")
+    if args.alpha < 1 and not args.embeddings:
+        raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images",
+                         "run data/embed.py, or use --alpha 1")
     if args.drop_weights and not args.models:
-        raise InputError("--drop-weights", "the base model draws, there are no weights to remove", "give --models")
+        raise InputError("--drop-weights", "the base model draws, there are no weights to remove",
+                         "give --models")
     return args
 
 
-def is_filled(path, draw, args):
-    return (stage.is_published(path, draw["key"])
-            and len(selected(candidates.read(path), draw["share"], args)) == draw["share"])
+def add_keys(draws, rows, prompts, args):
+    """Gives each draw its key, a digest of what its images depend on. Returns what is common."""
+    train = [(row["file_name"], imagefolder.group_of(row)) for row in rows
+             if row["split"] == "train"]
+    means = args.embeddings and [clip.embeddings_digest(args.embeddings), train]
+    settings = made.settings_of(
+        args, "base", "clip", "images", "max_tries", "drop_weights", "keep", "embeddings",
+        "rare", "rare_below", "rare_guidance", "val_share")
+    code = made.code_digest(__file__, weights.__file__, clip.__file__, models.__file__,
+                            stage.seed_of)
+    made_by = files.digest(settings, prompts, imagefolder.class_prompts(rows), means,
+                           files.model_digest(args.base), files.model_digest(args.clip), code)
+    for draw in draws:
+        draw.key = files.digest(made_by, draw.name, draw.prompt, draw.negative, draw.guidance,
+                                draw.trained)
+    return made_by
 
 
-def publish(draws, prompts, made_by, args, inputs, merged):
-    """Writes the sheets and, last, metadata.csv and config.json; removes units that no longer exist."""
-    stage.remove_other_units(args.out, {draw["name"] for draw in draws})
+def is_filled(draw, args):
+    path = args.out / draw.name
+    return made.is_finished(path, draw.key) and bool(chosen(path, draw, args)[0])
+
+
+def chosen(folder, draw, args):
+    """See selected()."""
+    return selected(list(candidates(folder).values()), draw.share, args.keep)
+
+
+def draw_all(draws, wanted, rows, args):
+    """Draws and publishes the units. The processes of this command divide their batches."""
+    for draw in draws:
+        weights.check(draw.weights, draw.trained)
+    accelerator = compute.accelerator(args.device, args.precision)
+    bf16 = accelerator.mixed_precision == "bf16"
+    pipe = models.load_pipeline(args.base, torch.bfloat16 if bf16 else torch.float32)
+    sampler = weights.Sampler(pipe.to(accelerator.device))
+    score = ClipScore(clip.Clip(args.clip, accelerator.device), rows, args.alpha, args.embeddings)
+    models.token_ids(pipe.tokenizer, [draw.prompt for draw in draws])  # raises for a long one
+    if compute.FIRST:
+        for draw in draws:
+            begin_unit(draw, args)
+        (args.out / "metadata.csv").unlink(missing_ok=True)
+    stage.start(args, wanted)
+    seconds = []
+    while needed := [(draw, i) for draw in draws for i in batches_needed(draw, args)]:
+        compute.gather([])  # all have looked before anybody draws
+        seconds += compute.gather(draw_batches(sampler, score, compute.share(needed), args))
+    for draw in draws if compute.FIRST else ():
+        publish_unit(draw, sum(taken for name, taken in seconds if name == draw.name), args)
+
+
+def publish_unit(draw, seconds, args):
+    work, path = unfinished(draw, args), args.out / draw.name
+    rows = candidates(work)
+    for table in work.glob("candidates*.csv"):
+        table.unlink()
+    files.write_csv(work / "candidates.csv", list(rows.values()))
+    made.finish(work, args, draw.key, **stage.spent(time.monotonic()) | {
+        "seconds": round(seconds, 1)})
+    files.remove(path)
+    work.rename(path)
+    print(f"{draw.title}: {len(rows)} images drawn, {draw.share} kept", flush=True)
+
+
+def publish(draws, prompts, made_by, merged, args):
+    """Writes the sheets and, last, metadata.csv and config.json; removes other units."""
+    made.remove_other_units(args.out, {draw.name for draw in draws})
     rows, counts = [], {}
     for draw in draws:
-        y, a = imagefolder.labels_of(draw["group"])
-        drawn = candidates.read(args.out / draw["name"])
-        kept = selected(drawn, draw["share"], args)
-        faults = [row["fault"] for row in considered(drawn, kept, args)]
-        counts[draw["name"]] = {"kept": len(kept), "clip": faults.count("") - len(kept)} | {
-            word: faults.count(word) for word in ("blank", "nan")}
-        rows += [{"file_name": f"{draw['name']}/{candidates.image_name(row)}", "split": split, "y": y, "a": a,
-                  "text": prompts[draw["group"]], "unit": draw["name"], "clip_score": row["clip_score"],
-                  "seed": stage.seed_of(args.seed, draw["name"], row["index"]), "prompt": draw["prompt"],
-                  "negative_prompt": draw["negative"], "guidance_scale": draw["guidance"]}
-                 for row, split in zip(kept, splits(len(kept), args.val_share))]
+        y, a = imagefolder.labels_of(draw.group)
+        kept, drawn = chosen(args.out / draw.name, draw, args)
+        faults = [row["fault"] for row in drawn]
+        counts[draw.name] = {"kept": len(kept), "clip": faults.count("") - len(kept),
+                             "blank": faults.count("blank"), "nan": faults.count("nan")}
+        for row, split in zip(kept, splits(len(kept), args.val_share)):
+            rows.append({
+                "file_name": f"{draw.name}/{image_name(row['index'])}", "split": split, "y": y,
+                "a": a, "text": prompts[draw.group], "unit": draw.name,
+                "clip_score": row["clip_score"],
+                "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
+                "negative_prompt": draw.negative, "guidance_scale": draw.guidance})
     for group in prompts:
-        save_sheet(args.out / f"{group}.png", args.out, [row for row in rows if imagefolder.group_of(row) == group])
+        mine = [row for row in rows if imagefolder.group_of(row) == group]
+        save_sheet(args.out / f"{group}.png", args.out, mine)
     cards.of_images(args.out / "README.md", rows, args)
     files.write_csv(args.out / "metadata.csv", rows)
+    stage.finish(args.out, args, files.digest(made_by, rows), counts=counts, merged=merged)
     if args.drop_weights:
-        inputs.pop(str(args.models), None)
-    stage.finish(args.out, args, files.digest(made_by, rows), inputs, counts=counts, merged=merged)
-    if args.drop_weights:
-        models.drop_weights(args.models)
+        weights.drop(args.models)
+
+
+def splits(count, share):
+    """The split of each of `count` images: val for a share of them, evenly spread, else train."""
+    return ["val" if int((i + 1) * share) > int(i * share) else "train" for i in range(count)]
 
 
 def save_sheet(path, folder, rows):
@@ -340,10 +416,13 @@ def save_sheet(path, folder, rows):
     for row in rows:
         units.setdefault(row["unit"], []).append(folder / row["file_name"])
     width, height = (16, 2) if len(units) > 1 else (12, 6)
-    lines = [(unit, [Image.open(path) for path in paths[i:i + width]]) for unit, paths in units.items()
-             for i in range(0, min(len(paths), width * height), width)]
-    imagefolder.contact_sheet([line for _, line in lines], [unit for unit, _ in lines]).save(path)
+    lines, labels = [], []
+    for unit, paths in units.items():
+        for i in range(0, min(len(paths), width * height), width):
+            lines.append([Image.open(path) for path in paths[i:i + width]])
+            labels.append(unit)
+    imagefolder.contact_sheet(lines, labels).save(path)
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run(main, shared=True)

@@ -1,61 +1,62 @@
-"""Cards (README.md) for what may be uploaded to the Hugging Face Hub: folders of synthetic images, and fine-tuned weights."""
+"""Cards (README.md) for what may be uploaded to the Hugging Face Hub: images, and weights."""
 
 import json
 
 from common import files, imagefolder
+from common.weights import LORA_FILE
 
 LIMITS = """\
-Made to train classifiers that do not rely on a spurious correlation. The images repeat what the base model and the training
-images get wrong, and a model of few images may copy some of them: compare before you publish. Not made for identifying or
-judging people, nor as evidence of anything. The license is yours to state: it depends on the base model's and on the
-training images'.
+Made to train classifiers that do not rely on a spurious correlation. The images repeat what the
+base model and the training images get wrong, and a model of few images may copy some of them:
+compare before you publish. Not made for identifying or judging people, nor as evidence of anything.
+The license is yours to state: it depends on the base model's and on the training images'.
 """
 
 
 def save(path, settings, text):
     """Writes a card: settings for the Hub, each a string, a list or a dict, then text."""
-    head = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items())  # YAML, too
-    files.write_text(path, f"---\n{head}---\n\n{text.rstrip()}")
+    head = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n"  # JSON is YAML, too
+            for name, value in settings.items()]
+    files.write_text(path, f"---\n{''.join(head)}---\n\n{text}\n\n{LIMITS.rstrip()}")
 
 
 def of_images(path, rows, args):
     """The card of a folder of synthetic images; rows: of its metadata; args: of generate.py."""
     titles, counts = imagefolder.group_titles(rows), imagefolder.group_counts(rows)
-    prompts = sorted({row["prompt"] for row in rows})
+    prompts = [f"`{prompt}`" for prompt in sorted({row["prompt"] for row in rows})]
     table = "".join(f"| {titles[group]} | {count} |\n" for group, count in counts.items())
     tuned = ", fine-tuned per group or cluster" if args.models else ""
-    kept = "--keep" if args.clip_threshold is None else "--clip-threshold"
-    save(path, {"license": "unknown", "task_categories": ["image-classification"], "tags": ["synthetic", "imagefolder"]}, f"""\
+    settings = {"license": "unknown", "task_categories": ["image-classification"],
+                "tags": ["synthetic", "imagefolder"]}
+    save(path, settings, f"""\
 # {len(rows)} synthetic images in {len(counts)} groups
 
-Drawn by {args.base}{tuned}, {args.steps} steps of DPM-Solver++, guidance scale {args.guidance_scale:g}; filtered with CLIP
-({args.clip}, {kept} {args.keep if args.clip_threshold is None else args.clip_threshold:g}). metadata.csv holds class `y`,
-attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments and versions.
+Drawn by {args.base}{tuned}, {args.steps} steps of DPM-Solver++, guidance scale
+{args.guidance_scale:g}; filtered with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds
+class `y`, attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments
+and versions.
 
 | group | images |
 | --- | --- |
 {table}
-Prompts: {"; ".join(f"`{prompt}`" for prompt in prompts[:20])}{"; ..." * (len(prompts) > 20)}
-
-{LIMITS}""")
+Prompts: {"; ".join(prompts[:20])}{"; ..." * (len(prompts) > 20)}""")
 
 
 def of_weights(path, unit, args):
-    """The card of a unit's fine-tuned weights; unit: with its title, rows and prompts; args: of finetune.py."""
-    from common.models import LORA_FILE
-
-    prompts = sorted(set(unit.prompts))
-    load = (f'pipe.load_lora_weights("<this folder>", weight_name="{LORA_FILE}")' if args.method == "lora" else
-            'pipe.unet = UNet2DConditionModel.from_pretrained("<this folder>", subfolder="unet")')
-    save(path, {"license": "unknown", "base_model": str(args.base), "library_name": "diffusers",
-                "tags": ["text-to-image", "stable-diffusion", "diffusers", args.method], "instance_prompt": prompts[0],
-                "widget": [{"text": prompt} for prompt in prompts[:3]]}, f"""\
+    """The card of fine-tuned weights; unit: see finetune.Unit; args: of finetune.py."""
+    prompts = sorted(set(unit.images.prompts))[:3]
+    load = 'pipe.unet = UNet2DConditionModel.from_pretrained("<this folder>", subfolder="unet")'
+    if args.method == "lora":
+        load = f'pipe.load_lora_weights("<this folder>", weight_name="{LORA_FILE}")'
+    settings = {"license": "unknown", "base_model": str(args.base), "library_name": "diffusers",
+                "tags": ["text-to-image", "stable-diffusion", "diffusers", args.method],
+                "instance_prompt": prompts[0], "widget": [{"text": prompt} for prompt in prompts]}
+    save(path, settings, f"""\
 # {unit.title}
 
-{args.base}, fine-tuned with {args.method} on {len(unit.rows)} images: {args.steps} steps of {args.batch}, learning rate
-{args.learning_rate:g}{", with prior preservation" if unit.prior_rows else ""}. Prompt: {", ".join(f"`{prompt}`" for prompt in prompts[:3])}.
+{args.base}, fine-tuned with {args.method} on {len(unit.rows)} images: {args.steps} steps of
+{args.batch}, learning rate {args.learning_rate:g}{", with prior preservation" if unit.prior else ""}. Prompt:
+{", ".join(f"`{prompt}`" for prompt in prompts)}.
 
     pipe = StableDiffusionPipeline.from_pretrained("{args.base}")
-    {load}
-
-{LIMITS}""")
+    {load}""")

@@ -1,6 +1,6 @@
-"""How a command computes, by accelerate: the processes that share its work, their device, their precision.
+"""How a command computes, by accelerate: its processes, its device, its precision.
 
-`accelerate launch --num_processes 8 finetune.py ...` (or torchrun, or `srun -n8 python`) starts
+`accelerate launch --num_processes 8 finetune.py ...` (or torchrun, or `srun -n8 python ...`) starts
 eight processes of one command. Each takes its share of the units, images or seeds, and the first
 one publishes the result once all are done. They meet over the network, and share the folders.
 """
@@ -10,11 +10,12 @@ import os
 import re
 
 if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:  # srun -n8
-    host = re.sub(r"\[(\d+).*", r"\1", os.environ["SLURM_STEP_NODELIST"].split(",")[0])
-    port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 100 + int(os.environ["SLURM_STEP_ID"])) % 40_000
-    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-                   "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"], "MASTER_PORT": str(port),
-                   "MASTER_ADDR": os.environ.get("MASTER_ADDR", host)}
+    first_node = re.sub(r"\[(\d+).*", r"\1", os.environ["SLURM_STEP_NODELIST"].split(",")[0])
+    step = int(os.environ["SLURM_JOB_ID"]) * 100 + int(os.environ["SLURM_STEP_ID"])
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"],
+                      WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+                      MASTER_PORT=str(20_000 + step % 40_000),
+                      MASTER_ADDR=os.environ.get("MASTER_ADDR", first_node))
 
 RANK = int(os.environ.get("RANK", 0))  # the number of this process
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -24,16 +25,16 @@ FIRST = RANK == 0
 def meet():
     """Waits until all processes of this command have started."""
     if PROCESSES > 1:
-        import torch
         from accelerate import PartialState
 
-        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=30))  # for the longest unit
+        week = datetime.timedelta(days=7)  # the first to finish waits for the longest unit
+        PartialState(cpu=not _on_gpu(), timeout=week)
 
 
 def share(items):
-    """This process's part of a list: every item belongs to one process."""
-    return items[RANK::PROCESSES]
+    """This process's part of a list: every item belongs to one process, neighbours together."""
+    first, last = (len(items) * number // PROCESSES for number in (RANK, RANK + 1))
+    return items[first:last]
 
 
 def gather(items):
@@ -47,7 +48,7 @@ def gather(items):
 
 def add_flags(parser, precision=True):
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
-                        help="auto: accelerate's choice, a GPU if there is one")
+                        help="auto: a GPU if there is one")
     if precision:
         parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                             help="auto: bf16 on a GPU that supports it, else fp32")
@@ -58,7 +59,13 @@ def accelerator(device="auto", precision="fp32"):
     import torch
     from accelerate import Accelerator
 
-    on_gpu = device == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    bf16 = precision == "bf16" or precision == "auto" and on_gpu
-    return Accelerator(cpu=device == "cpu" or not on_gpu and PROCESSES > 1,
-                       mixed_precision="bf16" if bf16 else "no")
+    cuda = device == "auto" and torch.cuda.is_available()
+    bf16 = precision == "bf16" or precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    on_cpu = device == "cpu" or PROCESSES > 1 and not _on_gpu()
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+def _on_gpu():
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -8,7 +8,8 @@ Images, and beside them a metadata.csv with the columns
     a           attribute that the class is spuriously correlated with, an integer from 0
     text        caption of the image's group: its prompt
 
-A group is a pair (y, a), written `y0-a1`. Other columns may follow, among them `class_text`, the prompt of the class.
+A group is a pair (y, a), written `y0-a1`. Other columns may follow, among them `class_text`, the
+prompt of the class.
 """
 
 import csv
@@ -25,12 +26,14 @@ REQUIRED = ("file_name", "split", "y", "a", "text")
 SPLITS = ("train", "val", "test")
 LABELS = 10_000  # a column with more classes or attributes than that holds something else
 
-# ------------------------------------------------------------------------------------------------- metadata
+# --------------------------------------------------------------------------------------- metadata
 
 
 def read_table(path, required):
-    """The rows, as dicts of str, of a csv that the user hands in. Raises InputError unless it is well-formed and has the
-    required columns."""
+    """The rows, as dicts of str, of a csv of the user's that has the required columns.
+
+    Raises InputError if it is malformed.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -47,39 +50,42 @@ def read_table(path, required):
 
 def check_columns(path, columns, required):
     """Raises InputError unless each of the required columns is there, and none twice."""
-    for column in columns:
-        if list(columns).count(column) > 1:
-            raise InputError(path, f"has {list(columns).count(column)} columns named {column!r}", "keep one")
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise InputError(path, f"has {count} columns named {column!r}", "keep one")
     for column in required:
         if column not in columns:
-            raise InputError(path, f"has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}"[:500],
+            there = ", ".join(map(repr, columns)) or "none"
+            raise InputError(path, f"has no column {column!r}; it has {there}"[:500],
                              f"it needs {', '.join(required)}")
 
 
 def read_metadata(folder, split=None):
-    """Reads and checks folder/metadata.csv.
+    """Reads and checks folder/metadata.csv; only the rows of `split` if one is given.
 
-    Returns a list of dicts, one per image, in the order of the file, with `y` and `a` as int and every other column as
-    str; only the rows of `split` if one is given. Images are only checked for existence. Raises InputError for the
-    first fault.
+    Returns a dict per image, in the order of the file, with `y` and `a` as int and every other
+    column as str. Images are only checked for existence. Raises InputError for the first fault.
     """
-    path = Path(folder) / "metadata.csv"
+    folder = Path(folder)
+    path = folder / "metadata.csv"
     if not path.is_file():
-        raise InputError(path, "not found", "point to a folder made by data/prepare.py or an earlier stage")
+        raise InputError(path, "not found",
+                         "point to a folder made by data/prepare.py or an earlier stage")
     rows = read_table(path, REQUIRED)
     check_rows(path, 2, rows)
     rows = [row for row in rows if split in (None, row["split"])]
     if not rows:
-        raise InputError(path, f"has no images of split {split}" if split else "has no images", "prepare the data again")
+        what = f"has no images of split {split}" if split else "has no images"
+        raise InputError(path, what, "prepare the data again")
     for row in rows:
-        if not (Path(folder) / row["file_name"]).is_file():
-            raise InputError(Path(folder) / row["file_name"], "not found, but listed in metadata.csv",
+        if not (folder / row["file_name"]).is_file():
+            raise InputError(folder / row["file_name"], "not found, but listed in metadata.csv",
                              "restore it, or run the stage that made this folder again")
     return rows
 
 
 def check_rows(path, first, rows):
-    """Raises InputError, naming `path` and the row, unless all rows are valid; turns their labels into int.
+    """Turns the labels of rows into int. Raises InputError, naming the row, unless all are valid.
 
     first: the number of the first row.
     """
@@ -91,8 +97,10 @@ def check_rows(path, first, rows):
         if row["split"] not in SPLITS:
             raise InputError(where, f"split is {row['split']!r}", f"use {', '.join(SPLITS)}")
         check_name(where, row["file_name"])
-        if (name := Path(row["file_name"])) in seen:
-            raise InputError(where, f"{row['file_name']} is listed already in row {seen[name]}", "keep one row per image")
+        name = Path(row["file_name"])
+        if name in seen:
+            raise InputError(where, f"{row['file_name']} is listed already in row {seen[name]}",
+                             "keep one row per image")
         seen[name] = line
         if not row["text"].strip():
             raise InputError(where, "text is empty", "it is the prompt of the image's group")
@@ -103,7 +111,8 @@ def as_label(where, column, text):
     if not text.isascii() or not text.isdigit():
         raise InputError(where, f"{column} is {text!r}", "labels are integers from 0")
     if len(text) > len(str(LABELS)) or int(text) >= LABELS:
-        raise InputError(where, f"{column} is {text[:20]}", f"labels are integers from 0, below {LABELS}")
+        raise InputError(where, f"{column} is {text[:20]}",
+                         f"labels are integers from 0, below {LABELS}")
     return int(text)
 
 
@@ -112,25 +121,33 @@ def check_name(where, name):
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(where, f"file_name {name!r} leaves its folder", "use a path inside it")
     if "\\" in name:
-        raise InputError(where, f"file_name {name!r} contains a backslash", "separate folders by /")
+        raise InputError(where, f"file_name {name!r} contains a backslash",
+                         "separate folders by /")
 
 
 def with_attributes_of(folder, rows):
-    """The rows with the attribute that a folder of cluster.py --as-attribute gives their images; "none": 0; None: as they are.
+    """The rows with the attribute of a folder of cluster.py --as-attribute.
 
-    Raises InputError if it lacks an image."""
-    if folder in (None, "none"):
-        return rows if folder is None else [row | {"a": 0} for row in rows]
+    folder: "none": the attribute is 0; None: the rows as they are. Raises InputError if it lacks an
+    image.
+    """
+    if folder is None:
+        return rows
+    if folder == "none":
+        return [row | {"a": 0} for row in rows]
     attributes = {row["file_name"]: row["a"] for row in read_metadata(folder)}
-    missing = [row["file_name"] for row in rows if row["file_name"] not in attributes]
-    if missing:
-        raise InputError(f"--groups {folder}", f"does not contain {missing[0]}", "run cluster.py --as-attribute for --data")
+    for row in rows:
+        if row["file_name"] not in attributes:
+            raise InputError(f"--groups {folder}", f"does not contain {row['file_name']}",
+                             "run cluster.py --as-attribute for --data")
     return [row | {"a": attributes[row["file_name"]]} for row in rows]
 
 
 def groups_drawn(synthetic, data):
-    """(the dataset whose groups a synthetic set shows, those that are merged, for with_merged()). The dataset is `data` itself or
-    a folder of cluster.py --as-attribute."""
+    """(the dataset whose groups a synthetic set shows, its merged groups, for with_merged()).
+
+    The dataset is `data` itself or a folder of cluster.py --as-attribute.
+    """
     config = files.read_json(synthetic / "config.json")
     folder = Path(config.get("arguments", {}).get("data", data))
     known = (folder / "metadata.csv").is_file() and folder.resolve() != data.resolve()
@@ -138,12 +155,18 @@ def groups_drawn(synthetic, data):
 
 
 def with_merged(rows, merged):
-    """The rows with the groups that finetune.py merged, by (y, a, a of the group that it is merged into)."""
+    """The rows with the groups that finetune.py merged, [(y, a, a that it is merged into)]."""
     into = {(y, a): other for y, a, other in merged}
     return [row | {"a": into.get((row["y"], row["a"]), row["a"])} for row in rows]
 
 
-# --------------------------------------------------------------------------------------------------- groups
+def digest(folder, rows):
+    """A digest of rows of metadata and of the bytes of their images."""
+    names = [row["file_name"] for row in rows]
+    return files.digest(rows, files.file_digests(folder, names))
+
+
+# ----------------------------------------------------------------------------------------- groups
 
 
 def group_name(y, a):
@@ -173,22 +196,24 @@ def group_counts(rows):
 
 def group_accuracies(rows, predictions):
     """{group: share of its rows whose prediction, an int each, is y}, sorted by (y, a)."""
-    hits = group_counts(row for row, prediction in zip(rows, predictions) if prediction == row["y"])
+    correct = [row for row, prediction in zip(rows, predictions) if prediction == row["y"]]
+    hits = group_counts(correct)
     return {group: hits.get(group, 0) / size for group, size in group_counts(rows).items()}
 
 
 def group_prompts(rows):
-    """{group: its prompt}, sorted by (y, a). Raises InputError if the captions within a group differ."""
+    """{group: its prompt}, sorted by (y, a). Raises InputError if the captions of one differ."""
     prompts = {}
     for row in sorted(rows, key=lambda row: (row["y"], row["a"])):
-        if prompts.setdefault(group_of(row), row["text"]) != row["text"]:
-            raise InputError("metadata.csv", f"group {group_of(row)} has several texts, {row['text']!r} is one of them",
-                             "use one caption per group")
+        group, text = group_of(row), row["text"]
+        if prompts.setdefault(group, text) != text:
+            raise InputError("metadata.csv", f"group {group} has several texts, {text!r} is one of "
+                             "them", "use one caption per group")
     return prompts
 
 
 def class_prompts(rows):
-    """{y: prompts of the class}: its class_text, or without that column the prompts of its groups."""
+    """{y: prompts of the class}: its class_text, or without that column those of its groups."""
     prompts = {}
     for row in rows:
         prompts.setdefault(row["y"], {})[row.get("class_text") or row["text"]] = None
@@ -196,92 +221,97 @@ def class_prompts(rows):
 
 
 def group_titles(rows):
-    """{group: its name for people}: the words of its prompt that not all prompts begin with, and its code.
+    """{group: its name for people}, such as `waterbird on land (y1-a0)`.
 
-    For example `waterbird on land (y1-a0)` of "a photo of a waterbird on land".
+    The words of its prompt without those that all prompts begin with, and its code.
     """
     words = {group_of(row): row["text"].split() for row in rows}
-    common = 0
-    while len(words) > 1 and len({text[common] if len(text) > common + 1 else i
-                                  for i, text in enumerate(words.values())}) == 1:
+    texts, common = list(words.values()), 0
+    shortest = min(map(len, texts), default=0)
+    while len(words) > 1 and common < shortest - 1 and len({text[common] for text in texts}) == 1:
         common += 1
-    titles = {group: " ".join(text[common:]).removeprefix("a ").removeprefix("an ") for group, text in words.items()}
-    return {group: f"{title[:40]} ({group})" for group, title in sorted(titles.items(), key=lambda x: labels_of(x[0]))}
+    titles = {}
+    for group in sorted(words, key=labels_of):
+        title = " ".join(words[group][common:]).removeprefix("a ").removeprefix("an ")
+        titles[group] = f"{title[:40]} ({group})"
+    return titles
 
 
 def unit_title(unit, titles):
-    """The name for people of a unit, a group or a part of one: `waterbird on land (y1-a0-c2)`."""
+    """The name for people of a unit, a group or a part: `waterbird on land (y1-a0-c2)`."""
     group = "-".join(unit.split("-")[:2])
     return titles[group].replace(f"({group})", f"({unit})") if group in titles else unit
 
 
 def correlated_attribute(counts, y):
-    """The attribute most over-represented in class y: the largest P(a | y) / P(a); counts: {group: images}."""
+    """The attribute most over-represented in class y, by P(a | y) / P(a); counts: {group: images}."""
     with_a = Counter()
     for group, count in counts.items():
         with_a[labels_of(group)[1]] += count
-    return max(sorted(with_a), key=lambda a: counts.get(group_name(y, a), 0) / with_a[a], default=None)
+    return max(sorted(with_a), default=None,
+               key=lambda a: counts.get(group_name(y, a), 0) / with_a[a])
 
 
 def absent(rows, synthetic, classes):
-    """Lines that say what training and model selection lack: classes without any image, groups without val images.
+    """Lines about what training lacks: classes without any image, groups without val images.
 
-    rows: {split: rows of metadata}; synthetic: rows of synthetic training images; classes: their number.
+    rows: {split: rows of metadata}; synthetic: rows of training images; classes: their number.
     """
     everything, lines = [row for part in rows.values() for row in part], []
     seen = {row["y"] for row in (*rows["train"], *synthetic)}
     empty = [str(y) for y in range(classes) if y not in seen]
     if empty:
-        lines.append(f"note: no training images of class {', '.join(empty)}; labels should count from 0 without gaps\n")
+        lines.append(f"note: no training images of class {', '.join(empty)}; labels should count "
+                     "from 0 without gaps\n")
     titles, tested = group_titles(everything), group_counts(rows["val"])
     missing = [title for group, title in titles.items() if group not in tested]
     if missing:
-        lines.append(f"note: no val images of {', '.join(missing)}; epochs are chosen by the worst of {len(tested)} of "
-                     f"{len(titles)} groups\n")
+        lines.append(f"note: no val images of {', '.join(missing)}; epochs are chosen by the worst "
+                     f"of {len(tested)} of {len(titles)} groups\n")
     return lines
 
 
-# --------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------- images
 
 
 def load_image(path, size):
     """An image as an RGB PIL image of size x size pixels.
 
-    EXIF rotation is undone, transparency becomes white, the shortest side is resized (bicubic, antialiased), and the
-    middle is cropped. Raises InputError if the file cannot be decoded.
+    EXIF rotation is undone, transparency becomes white, the shortest side is resized (bicubic,
+    antialiased), and the middle is cropped. Raises InputError if the file cannot be decoded.
     """
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
+            if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255, and does not scale
                 image = image.point(lambda value: value / 256).convert("L")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-            return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.BICUBIC)
-    except Exception as error:  # a broken file makes Pillow raise OSError, ValueError, struct.error and many more
-        raise InputError(path, f"cannot be read as an image: {error}", "replace or remove it") from None
-
-
-def digest(folder, rows):
-    """A digest of rows of metadata and of the bytes of their images."""
-    return files.digest(rows, files.file_digests(folder, [row["file_name"] for row in rows]))
+            fits = image.size == (size, size)
+            return image if fits else ImageOps.fit(image, (size, size), Image.BICUBIC)
+    except Exception as error:  # OSError, ValueError, struct.error and many more
+        raise InputError(path, f"cannot be read as an image: {error}",
+                         "replace or remove it") from None
 
 
 def progress(items, title, unit, **more):
-    """A progress bar over `items`, or to be updated by hand; shown on a terminal only, that no other command prints to."""
-    return tqdm(items, title, unit=unit, mininterval=1, disable=True if stage.in_parallel() else None, **more)
+    """A progress bar over `items`, or to be updated by hand; on a terminal of its own only."""
+    disable = True if stage.in_parallel() else None
+    return tqdm(items, title, unit=unit, mininterval=1, disable=disable, **more)
 
 
 def contact_sheet(rows, labels, cell=64):
     """A picture with one row of PIL images per label."""
     measure = ImageDraw.Draw(Image.new("1", (1, 1))).textlength
     left = 12 + int(max(map(measure, labels), default=0))
-    sheet = Image.new("RGB", (left + (cell + 2) * max(map(len, rows), default=1), (cell + 2) * len(rows)), "white")
+    width = left + (cell + 2) * max(map(len, rows), default=1)
+    sheet = Image.new("RGB", (width, (cell + 2) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (images, label) in enumerate(zip(rows, labels)):
-        draw.text((4, i * (cell + 2) + cell // 2 - 6), label, fill="black")
+        top = i * (cell + 2)
+        draw.text((4, top + cell // 2 - 6), label, fill="black")
         for j, image in enumerate(images):
-            sheet.paste(image.resize((cell, cell), Image.NEAREST), (left + j * (cell + 2), i * (cell + 2)))
+            sheet.paste(image.resize((cell, cell), Image.NEAREST), (left + j * (cell + 2), top))
     return sheet

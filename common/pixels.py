@@ -14,7 +14,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import files, imagefolder, stage
+from common import files, imagefolder, made, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -100,7 +100,7 @@ def decoded_place(folder):
 
 def decoded(folder, rows, size):
     """(memory-mapped (M, size, size, 3) uint8 array, the place of each row's image in it); decodes those that are missing."""
-    names, version = [row["file_name"] for row in rows], stage.code_digest(imagefolder.load_image)[:8]
+    names, version = [row["file_name"] for row in rows], made.code_digest(imagefolder.load_image)[:8]
     digests, place = files.file_digests(folder, names), decoded_place(folder) / f"{size}-{version}"
     index = _read_index(place)
     if any(digest not in index for digest in digests.values()):

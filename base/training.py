@@ -1,0 +1,238 @@
+"""What finetune.py trains: the parts of a base model, the images that it sees, and checkpoints."""
+
+import functools
+import warnings
+
+from common import files, imagefolder, models, stage, weights
+from common.pixels import ahead
+
+torch = stage.lazy("torch")
+
+
+class Base:
+    """The parts of a Stable Diffusion: VAE, text encoder, UNet, noise schedule.
+
+    On a GPU the VAE and the text encoder are there only while they are needed.
+    """
+
+    def __init__(self, name, accelerator):
+        self.name, self.device, self.autocast = name, accelerator.device, accelerator.autocast
+        self.bf16 = accelerator.mixed_precision == "bf16"
+        self.load()
+
+    def load(self):
+        from diffusers import DDPMScheduler
+
+        pipe = models.load_pipeline(self.name, torch.float32)
+        self.vae, self.unet = pipe.vae, pipe.unet
+        self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.size = self.unet.config.sample_size * downsampling  # of images, in pixels
+        self.trained, self.embeds, self.tokens, self.learned = False, {}, [], ()
+        for part in (self.text_encoder, self.vae, self.unet):
+            part.requires_grad_(False)
+        self.unet.to(self.device)
+
+    def reset(self, method):
+        """Restores the base's own weights, before a unit is trained with lora or dreambooth."""
+        if getattr(self.unet, "peft_config", None):
+            self.unet.unload_lora()
+        elif method == "dreambooth" and self.trained:
+            self.unet = None  # makes room
+            self.load()
+        if method == "lora" and self.bf16:
+            self.unet.to(torch.bfloat16)  # frozen weights; LoRA's own are in fp32
+        self.embeds.clear()
+        self.trained = True
+
+    def encode(self, paths):
+        """Mean and std of the latents of images, each (N, 4, h, w) on the CPU, scaled."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        def read(paths):
+            images = [imagefolder.load_image(path, self.size) for path in paths]
+            return torch.stack([pil_to_tensor(image) for image in images])
+
+        batch = min(16, max(1, 16 * 64**2 // self.size**2))  # 16 of 512 pixels would take 10 GB
+        moments, scale = [], self.vae.config.scaling_factor
+        self.vae.to(self.device)
+        for pixels in ahead(read, [paths[i:i + batch] for i in range(0, len(paths), batch)]):
+            with torch.no_grad():
+                posterior = self.vae.encode(pixels.to(self.device) / 127.5 - 1).latent_dist
+            moments.append([(part * scale).cpu() for part in (posterior.mean, posterior.std)])
+        self.vae.to("cpu")
+        return [torch.cat(part) for part in zip(*moments)]
+
+    def learn_tokens(self, tokens, word):
+        """Adds tokens to the vocabulary; their embeddings begin as those of `word`.
+
+        Returns the embeddings, (len(tokens), D), to be trained (textual inversion, Gal et al.
+        2023).
+        """
+        first = len(self.tokenizer)
+        [word], self.tokens = self.tokenizer(word, add_special_tokens=False).input_ids[:1], tokens
+        self.tokenizer.add_tokens(tokens)
+        if len(self.tokenizer) > self.text_encoder.get_input_embeddings().num_embeddings:
+            self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        embedding = self.text_encoder.get_input_embeddings().requires_grad_(False)
+        beginning = embedding.weight[word].repeat(len(tokens), 1)
+        self.learned = torch.nn.Parameter(beginning.to(self.device))
+
+        def with_learned(module, inputs, output):
+            number = inputs[0] - first
+            is_learned = (number >= 0)[..., None]
+            return torch.where(is_learned, self.learned[number.clamp(min=0)], output)
+
+        embedding.register_forward_hook(with_learned)
+        return self.learned
+
+    def prompt_embeds(self, prompts):
+        """(len(prompts), tokens, D); computed once per prompt, unless the text learns."""
+        training = bool(self.tokens)
+        training |= any(weight.requires_grad for weight in self.text_encoder.parameters())
+        embeds = {} if training else self.embeds
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
+        if missing:
+            self.text_encoder.to(self.device)
+        for prompt in missing:
+            tokens = models.token_ids(self.tokenizer, [prompt]).to(self.device)
+            with torch.set_grad_enabled(training):
+                embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
+        if missing and not training:
+            self.text_encoder.to("cpu")
+        return torch.stack([embeds[prompt] for prompt in prompts])
+
+
+class Images:
+    """Training images: the moments of their latents, encoded once, and a prompt each.
+
+    seed: of the order in which `steps` batches of `batch` images are taken. balance: from 0
+    (as they come) to 1 (all groups equally often).
+    """
+
+    def __init__(self, folder, rows, prompts, seed, steps, batch, balance=0.0):
+        self.folder, self.rows, self.prompts, self.seed = folder, rows, prompts, seed
+        self.steps, self.batch = steps, batch
+        sizes = imagefolder.group_counts(rows)
+        groups = [imagefolder.group_of(row) for row in rows]
+        self.weights = torch.tensor([sizes[group] ** -balance for group in groups])
+        self.balanced = balance > 0 and len(sizes) > 1
+
+    @functools.cached_property
+    def drawn(self):
+        """{index: row} of the images that the steps see: 800 steps see 800 of 70,000."""
+        if self.balanced:
+            picks = [self.pick(step, self.batch) for step in range(self.steps)]
+        else:
+            picks = [self.pick(0, min(self.steps * self.batch, len(self.rows)))]
+        return {index: self.rows[index] for index in sorted({i for pick in picks for i in pick})}
+
+    def encode(self, base):
+        paths = [self.folder / row["file_name"] for row in self.drawn.values()]
+        self.mean, self.std = base.encode(paths)
+        self.place = {index: place for place, index in enumerate(self.drawn)}
+
+    def pick(self, step, batch):
+        """Indices of a step's images. Each epoch takes all images in an order of its own.
+
+        With a balance, an image is drawn with weight (1 / size of its group) ** balance.
+        """
+        if self.balanced:
+            rng = torch.Generator().manual_seed(stage.seed_of(self.seed, "step", step))
+            return torch.multinomial(self.weights, batch, replacement=True, generator=rng).tolist()
+        count, indices = len(self.rows), []
+        for position in range(step * batch, (step + 1) * batch):
+            epoch, index = divmod(position, count)
+            if index == 0 or not indices:
+                rng = torch.Generator().manual_seed(stage.seed_of(self.seed, epoch))
+                order = torch.randperm(count, generator=rng)
+            indices.append(order[index].item())
+        return indices
+
+    def latents(self, indices, rng):
+        """Latents sampled from the VAE's posterior, (len(indices), 4, h, w)."""
+        places = [self.place[index] for index in indices]
+        mean, std = self.mean[places], self.std[places]
+        return mean + std * torch.randn(mean.shape, generator=rng)
+
+
+class Checkpoint:
+    """A hidden folder from which a killed unit resumes exactly.
+
+    As every random draw is determined by the step, the weights, AdamW's moments and the loss
+    curve are all its state.
+    """
+
+    def __init__(self, path, key, weights, optimizer, schedule, ema):
+        self.path, self.key, self.weights, self.optimizer = path, key, weights, optimizer
+        self.schedule, self.ema = schedule, ema
+
+    def tensors(self):
+        """{name: tensor}, live: the weights, their moments and their moving averages."""
+        found = {}
+        for i, weight in enumerate(self.weights):
+            moments = self.optimizer.state[weight].items()
+            found[f"weight.{i}"] = weight.data
+            found |= {f"{name}.{i}": value for name, value in moments}
+        averages = self.ema.shadow_params if self.ema else []
+        return found | {f"ema.{i}": value for i, value in enumerate(averages)}
+
+    def save(self, curve):
+        from safetensors.torch import save_file
+
+        tensors = {name: value.contiguous().cpu() for name, value in self.tensors().items()}
+        with files.replacing(self.path) as out:
+            out.mkdir(parents=True)
+            save_file(tensors, out / "state.safetensors")
+            files.write_csv(out / "loss.csv", curve)
+            files.write_json(out / "config.json", {"key": self.key})
+
+    def load(self):
+        """Restores everything; returns the loss curve so far, [] if there is no checkpoint."""
+        from safetensors.torch import load_file
+
+        if files.read_json(self.path / "config.json").get("key") != self.key:
+            files.remove(self.path)
+            return []
+        saved = load_file(self.path / "state.safetensors")
+        for i, weight in enumerate(self.weights):
+            self.optimizer.state[weight] = {
+                name: torch.zeros_like(saved[f"{name}.{i}"], device=weight.device)
+                for name in ("step", "exp_avg", "exp_avg_sq")}
+        for name, value in self.tensors().items():
+            value.copy_(saved[name])
+        curve = [{"step": int(row["step"]), "loss": float(row["loss"]),
+                  "learning_rate": float(row["learning_rate"])}
+                 for row in files.read_csv(self.path / "loss.csv")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch thinks that the optimizer has not stepped yet
+            for _ in curve:
+                self.schedule.step()
+        if self.ema:
+            self.ema.optimization_step = len(curve)
+        return curve
+
+
+def merged_groups(unit, above):
+    """{(y, a): a of the group that it is drawn with}, for groups whose learned words are alike.
+
+    By single linkage of the cosine distances of their embeddings, within each class (SAGE, Luo et
+    al. 2026); above: the least cosine similarity; 1: none.
+    """
+    if above == 1:
+        return {}
+    from sklearn.cluster import AgglomerativeClustering  # slow to import
+
+    merged, words = {}, weights.read_tokens(unit)
+    linkage = AgglomerativeClustering(None, metric="cosine", linkage="single",
+                                      distance_threshold=1 - above)
+    groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words if "-c" not in word)
+    for y in {y for y, _ in groups}:
+        mine = [a for other, a in groups if other == y]
+        if len(mine) > 1:
+            embeddings = [words[f"<{imagefolder.group_name(y, a)}>"] for a in mine]
+            labels = linkage.fit_predict(embeddings).tolist()
+            merged |= {(y, a): mine[labels.index(label)] for a, label in zip(mine, labels)
+                       if labels.count(label) > 1}
+    return merged

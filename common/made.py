@@ -1,0 +1,166 @@
+"""What is finished, and what is stale.
+
+A stage writes one folder. It is finished when it holds config.json, which is written last and
+records what the result is true for; it is stale when that is no longer so:
+
+    key       a digest of settings, code and the inputs' bytes: the stage itself compares it
+    files     digests of the files that were written: an edited or a lost one is noticed
+    inputs    sizes and times of what was read from outside, such as a download or a base model
+    command   the command line
+
+A unit (a group's weights, a classifier's seed) is such a folder inside, kept or made anew by
+itself. `make` runs a stage when its script, the code in common/ or an input is newer, or when
+stale() names its folder; the stage then makes what the keys tell, often nothing.
+"""
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from common import files
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate",
+             "scikit-learn", "numpy", "pillow")
+LATER = ("config.json", "report.html")  # what is written when all else is there
+
+# ------------------------------------------------------------------------------------------- keys
+
+
+def code_digest(*parts):
+    """A digest of what code does: of scripts (paths) and functions.
+
+    Comments, docstrings and help texts do not count.
+    """
+    trees = []
+    for part in parts:
+        code = inspect.getsource(part) if callable(part) else Path(part).read_text(encoding="utf-8")
+        tree = ast.parse(textwrap.dedent(code))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                body[0] = ast.Pass()
+            if isinstance(node, ast.Call):
+                node.keywords = [keyword for keyword in node.keywords if keyword.arg != "help"]
+        trees.append(ast.dump(tree))
+    return files.digest(trees)
+
+
+def settings_of(args, *but):
+    """The arguments that a result depends on: all but paths, `but`, and how work is done."""
+    return {name: value for name, value in vars(args).items()
+            if name not in (*but, "device", "cache") and not isinstance(value, Path)}
+
+
+# ------------------------------------------------------------------------------- finished folders
+
+
+def start(out, wanted):
+    """Marks a folder as a stage's, and unfinished. wanted: {unit: how much of it}, for status."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".stage").write_text(json.dumps({"wanted": wanted}))
+    (out / "config.json").unlink(missing_ok=True)
+
+
+def finish(path, args, key, inputs=None, **more):
+    """Writes PATH/config.json, the last file of a stage or a unit. inputs: {path: its state}."""
+    if inputs is not None and not (path / ".stage").is_file():
+        files.write_json(path / ".stage", {})
+    files.write_json(path / "config.json", {
+        "made_by": Path(sys.argv[0]).name, "command": sys.argv, "key": key,
+        "arguments": json.loads(json.dumps(vars(args), default=str)),
+        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "inputs": inputs or {}, "files": _states(path, _names(path)), **more})
+
+
+def is_finished(path, key):
+    """Whether a folder was made for this key, and is as it was then."""
+    config = files.read_json(path / "config.json")
+    return config.get("key") == key and bool(config.get("files")) and not changed_files(path)
+
+
+def changed_files(path):
+    """The files of a finished folder that are missing or not what they were; not its units'."""
+    recorded = files.read_json(path / "config.json").get("files")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    now = _states(path, [name for name in recorded if os.path.lexists(path / name)])
+    return [name for name in recorded if now.get(name) != recorded[name]]
+
+
+def remove_other_units(out, names):
+    """Removes the units in OUT that are none of `names`, and what killed processes left of any."""
+    for path in sorted(out.iterdir()):
+        is_unit = path.is_dir() and (path / "config.json").is_file()
+        if files.is_left_over(path) or is_unit and path.name not in names:
+            files.remove(path)
+
+
+def _names(top):
+    """The files of a folder, relative; of a unit in it config.json alone. Links count as files."""
+    names = []
+    for folder, folders, found in os.walk(top):
+        if Path(folder) == top:
+            found = [name for name in found if name not in LATER]
+        elif "key" in files.read_json(f"{folder}/config.json"):
+            folders[:], found = [], ["config.json"]
+        found += [name for name in folders if os.path.islink(f"{folder}/{name}")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [os.path.relpath(f"{folder}/{name}", top) for name in found
+                  if not name.startswith(".")]
+    return sorted(names)
+
+
+def _states(path, names):
+    """{name: digest of the file, or where a link leads}"""
+    links = {name: os.readlink(path / name) for name in names if os.path.islink(path / name)}
+    plain = [name for name in names if name not in links and os.path.isfile(path / name)]
+    return links | files.file_digests(path, plain)
+
+
+# -------------------------------------------------------------------------------- stale folders
+
+
+def outside(path):
+    """The state of an input that no stage made: see listing(); None for what a stage made."""
+    config = files.read_json(Path(path) / "config.json")
+    return None if "key" in config or (Path(path) / ".stage").is_file() else listing(path)
+
+
+def listing(path):
+    """A digest of names, sizes and times below a folder, or of a file; None if there is nothing.
+
+    Quick, as no file is opened. Links are followed; hidden files do not count.
+    """
+    if os.path.isfile(path):
+        stat = os.stat(path)
+        return files.digest([stat.st_size, stat.st_mtime_ns])
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = os.path.join(folder, name)
+            if not name.startswith("."):
+                stat = os.stat(file) if os.path.exists(file) else os.lstat(file)
+                found.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
+    return files.digest(sorted(found)) if seen else None
+
+
+def stale(folder):
+    """Whether a finished folder, a unit in it, or an input from outside is not what it was."""
+    folder = Path(folder)
+    config = files.read_json(folder / "config.json")
+    if "key" not in config:  # half a file
+        return (folder / ".stage").is_file() and (folder / "config.json").is_file()
+    units = [folder / name for name in config["files"] if name.endswith("/config.json")]
+    return (any(changed_files(path) for path in (folder, *(unit.parent for unit in units)))
+            or any(os.path.exists(path) and listing(path) != state
+                   for path, state in config["inputs"].items()))
