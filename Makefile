@@ -1,5 +1,6 @@
-# Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings, `make -n` shows what would run.
-# ---- settings: the command line wins over data/<dataset>.mk, which wins over these -----------------------------
+# Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings, and
+# `make -n` shows what would run.
+# ---- settings: the command line wins over data/<dataset>.mk, which wins over these -------------
 DATASET      ?= digits
 -include data/$(DATASET).mk
 LOADER       ?= $(DATASET)
@@ -15,116 +16,138 @@ K            ?= auto
 MODES        ?= auto
 IMAGES       ?= 250
 EPOCHS       ?= 30
-SHARDS       ?= 1
 KEEP_WEIGHTS ?= yes
 CACHE        ?= yes
+LAUNCH       ?=
 PYTHON       ?= python3
-# Further flags of a stage: PREPARE PRETRAIN EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE CLASSIFIER.
-# Validated and normalised (BIAS=.950 becomes 0.95) before anything runs. STALE: folders whose files or inputs changed.
-quoted   = '$(subst ','\'',$1)'
-SETTLED := $(shell $(PYTHON) common/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s,DATASET BIAS BIASES \
-  RECIPES SEEDS MODEL_SEEDS SHARDS KEEP_WEIGHTS CACHE MAKECMDGOALS,$(call quoted,$s=$($s))))
-$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),$(PYTHON) common/make.py failed)))
-$(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
+# Further flags of a stage: PREPARE PRETRAIN EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL
+# GENERATE CLASSIFIER.
 
-# ---- generative methods: what is fine-tuned on which images; a new method is one line ---------------------------
+# ---- generative methods: what is fine-tuned on which images; a new method is one line -----------
 lora.finetune           = --method lora       --per group   --data $(DATA) $(LORA)
 dreambooth.finetune     = --method dreambooth --per group   --data $(DATA) $(prior) $(DREAMBOOTH)
-clustered.finetune      = --method dreambooth --per cluster --data $(RUN)/clusters $(prior) $(DREAMBOOTH) $(CLUSTERED)
+clustered.finetune      = --method dreambooth --per cluster --data $(RUN)/clusters $(prior) \
+                          $(DREAMBOOTH) $(CLUSTERED)
 clustered-lora.finetune = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
 one-model.finetune      = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
 compositional.finetune  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
 prior                   = --prior $(RUN)/synthetic/vanilla
 clusters.cluster        = --k $(K)
 modes.cluster           = --within class --k $(MODES)
+MAIN_METHODS  := vanilla $(sort $(basename $(filter %.finetune,$(.VARIABLES))))
+include evaluation/experiments.mk
+METHODS       := vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES))))
+OTHER_RECIPES := $(sort $(basename $(filter %.recipe %.images,$(.VARIABLES))))
 
-# ---- the commands, in the order in which data flows; $1 is a method or a recipe ---------------------------------
+# tools/make.py validates the settings and gives each its one form: BIAS=.950 is 0.95. In what it
+# prints, | stands for a blank.
+quoted   = '$(subst ','\'',$1)'
+SETTLED := $(shell $(PYTHON) tools/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
+  DATASET BIAS BIASES RECIPES SEEDS MODEL_SEEDS KEEP_WEIGHTS CACHE MAKECMDGOALS METHODS \
+  MAIN_METHODS OTHER_RECIPES,$(call quoted,$s=$($s))))
+$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),tools/make.py failed)))
+$(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
+
+# ---- the commands, in the order in which data flows; $1 is a method or a recipe -----------------
 PY       = .venv/bin/python
+seed     = $(firstword $(MODEL_SEEDS))
 DATA     = data/$(DATASET)-$(BIAS)
-RUN      = $(call run_of,$(firstword $(MODEL_SEEDS)))
-run_of   = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$1))
-SEED     = --seed $(firstword $(MODEL_SEEDS))
-CACHED   = $(if $(filter no,$(CACHE)),--no-cache)
+RUN      = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$(seed)))
 EMBEDDED = runs/$(DATASET)-$(BIAS)/embeddings
+CACHED   = $(if $(filter no,$(CACHE)),--no-cache)
 prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
 embed    = data/embed.py --data $(DATA) --clip "$(CLIP)" $(CACHED) $(EMBED)
-cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) $(SEED) $(CLUSTER) $($1.cluster)
-finetune = finetune.py --base "$(BASE)" $(SEED) $($1.finetune)
-generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embeddings $(EMBEDDED) --images $(IMAGES) $(SEED) \
-  $(GENERATE) $($1.generate) \
-  $(if $($1.finetune),--models $(RUN)/models/$1 $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
-classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CACHED) $(CLASSIFIER) \
-  $($(method).classify) --recipe $(or $($(recipe).recipe),$(recipe)) $(addprefix --synthetic $(RUN)/synthetic/,$(method))
+cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) --seed $(seed) $(CLUSTER) $($1.cluster)
+finetune = finetune.py --base "$(BASE)" --seed $(seed) $($1.finetune)
+generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embeddings $(EMBEDDED) \
+  --images $(IMAGES) --seed $(seed) $(GENERATE) $($1.generate) $(if $(models), \
+  --models $(RUN)/models/$(models) $(if $(filter no,$(KEEP_WEIGHTS)),--drop-weights))
+classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS) $(CACHED) \
+  $(CLASSIFIER) $($(method).classify) --recipe $(or $($(recipe).recipe),$(recipe)) \
+  $(addprefix --synthetic $(RUN)/synthetic/,$(method))
+evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
+  --references $(REFERENCES) $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
-evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) --references $(REFERENCES) \
-  $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
-# A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of each (filled+lora).
+# A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of
+# each (filled+lora). A method without models of its own (clustered-k3 has, clustered-alpha0 has
+# not) draws with those of the method before its first dash, if there are any.
 method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$($1.images))
 recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
-METHODS = vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES))))
+models  = $(firstword $(foreach m,$1 $(firstword $(subst -, ,$1)),$(if $($m.finetune),$m)))
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
+# The classifiers of recipes; those that need no images are trained in the first run alone.
+classifiers = $(foreach seed,$(MODEL_SEEDS),$(foreach r,$1,$(if $(call method,$r)$(filter \
+  $(seed),$(firstword $(MODEL_SEEDS))),$(RUN)/classifiers/$r)))
 
-# ---- the stages: a folder is made by its command, and made again when what it needs has changed -----------------
-# (its script, shared code, the folders among its flags, or the command). $$ delays expansion until $*, its name, is known.
-needs = $(firstword $1) $(filter-out common/make.py common/on_gpu.py,$(wildcard common/*.py)) $(call other,$1) \
-  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$1))
-other = $(if $(subst |$(strip $1)|,,|$(strip $(file <$(@D)/command))|),FORCE)
-define run
-$(if $(filter-out 1,$(SHARDS)),$(if $(filter $(SHARDED),$1),trap 'kill $$(jobs -p)' INT TERM; \
-  for i in $$(seq 0 $$(($(SHARDS) - 1))); do $(LAUNCH) $(PY) $(strip $1) --out $(@D) --shard $$i/$(SHARDS) & done; wait))
-$(LAUNCH) $(PY) $(strip $1) --out $(@D)
-$(if $(dry),,@printf '%s\n' $(call quoted,$(strip $1)) > $(@D)/command)
+# ---- the stages ---------------------------------------------------------------------------------
+# $(call stage,FOLDER,COMMAND) is the rule that makes a folder. It is made again when the script,
+# common/ or a folder among the command's flags is newer, or when it is stale: common/made.py.
+# PLAN lists all folders with their commands, for tools/make.py.
+define stage
+PLAN += $(subst $(hash),\$(hash),$(call quoted,$1 $(call once,$2)))
+$1/config.json: export LOGS = $(RUN)/logs
+$1/config.json: $(firstword $2) $(wildcard common/*.py baselines/*.py) base/training.py \
+  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$2))
+	$$(RUNNER) $(call once,$2) --out $1
+
 endef
-dry  := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
-.SECONDEXPANSION:
-include evaluation/experiments.mk
-$(DATA)/config.json: $$(call needs,$$(prepare)) | $(RUN)/.checked
-	$(call run,$(prepare))
-$(EMBEDDED)/config.json: $$(call needs,$$(embed))
-	$(call run,$(embed))
-$(foreach c,clusters modes pseudo,$(RUN)/$c/config.json): $$(call needs,$$(call cluster,$$(notdir $$(@D))))
-	$(call run,$(call cluster,$(notdir $(@D))))
-$(METHODS:%=$(RUN)/models/%/config.json): $(RUN)/models/%/config.json: $$(call needs,$$(call finetune,$$*))
-	$(call run,$(call finetune,$*))
-$(METHODS:%=$(RUN)/synthetic/%/config.json): $(RUN)/synthetic/%/config.json: $$(call needs,$$(call generate,$$*))
-	$(call run,$(call generate,$*))
-$(RECIPES:%=$(RUN)/classifiers/%/config.json): $(RUN)/classifiers/%/config.json: $$(call needs,$$(call classify,$$*))
-	$(call run,$(call classify,$*))
-$(RUN)/images/config.json: $$(call needs,$$(measure)) | $(RUN)/results/config.json # results come first, whatever happens here
-	$(call run,$(measure))
-$(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py $$(call needs,$$(evaluate))
-	$(call run,$(evaluate))
-$(RUN)/results/report.html: $(wildcard evaluation/report.* evaluation/page.html) $(RUN)/results/config.json \
-  $(if $(DRAWN),$(RUN)/images/config.json) $(if $(shell \
-  find $(RUN)/ablations -name config.json -newer $(RUN)/results/report.html 2>/dev/null),FORCE)
-	$(LAUNCH) $(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
-$(STALE:%=%/config.json): FORCE
-.SECONDARY: $(METHODS:%=$(RUN)/models/%/config.json) # dropped weights are trained again only when they are needed
-# MODEL_SEEDS="0 1": seed 1 has a run of its own, runs/<run>-seed1, made by a make of its own, as far as recipes depend on it.
-OTHERS      = $(wordlist 2,99,$(MODEL_SEEDS))
-theirs      = $(foreach r,$(RECIPES),$(if $(call method,$r),$(call run_of,$1)/classifiers/$r))
-classifiers = $(1:%=$(RUN)/classifiers/%) $(foreach s,$(OTHERS),$(foreach r,$1,$(filter %/classifiers/$r,$(call theirs,$s))))
-$(foreach s,$(OTHERS),$(eval $(addsuffix /config.json,$(call theirs,$s)) &: \
-  $(addsuffix /config.json,$(call theirs,$(firstword $(MODEL_SEEDS)))) FORCE; \
-  +@$$(MAKE) --no-print-directory MODEL_SEEDS=$s $$(addsuffix /config.json,$$(call theirs,$s))))
-# Every command is parsed before the first one runs: a wrong flag is reported now, not after hours of fine-tuning.
-COMMANDS = $(prepare) @@ $(embed) $(foreach c,clusters pseudo,@@ $(call cluster,$c)) @@ $(evaluate) $(if $(DRAWN),@@ $(measure)) \
-  $(foreach m,$(DRAWN),@@ $(call generate,$m) $(if $($m.finetune),@@ $(call finetune,$m))) $(foreach r,$(RECIPES),@@ $(call classify,$r))
-$(RUN)/.checked: $(if $(subst |$(strip $(COMMANDS))|,,|$(strip $(file <$(RUN)/.checked))|),FORCE) | .venv/installed
-	$(if $(dry),,@$(PY) common/make.py check $@ $(call quoted,$(strip $(COMMANDS))))
+once    = $(subst $$,$$$$,$(strip $1))
+hash   := \#
+rule    = $(eval $(call stage,$1,$2))
+# Launchers of accelerate and torch start Python by themselves; any other stands before it.
+RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# ---- what you type ----------------------------------------------------------------------------------------------
+$(call rule,$(DATA),$(prepare))
+$(call rule,$(EMBEDDED),$(embed))
+$(foreach seed,$(MODEL_SEEDS), \
+  $(foreach c,$(basename $(filter %.cluster,$(.VARIABLES))),$(call rule,$(RUN)/$c,$(call cluster,$c))) \
+  $(foreach m,$(METHODS),$(if $($m.finetune),$(call rule,$(RUN)/models/$m,$(call finetune,$m)))) \
+  $(foreach m,$(METHODS),$(call rule,$(RUN)/synthetic/$m,$(call generate,$m))) \
+  $(foreach r,$(RECIPES),$(call rule,$(RUN)/classifiers/$r,$(call classify,$r))))
+$(call rule,$(RUN)/results,$(evaluate))
+$(if $(DRAWN),$(call rule,$(RUN)/images,$(measure)))
+$(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
+$(call rule,$(RUN)/failures,$(failures))
+$(DATA)/config.json: data/$(LOADER).py | $(RUN)/.checked
+$(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py
+$(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
+$(RUN)/failures/config.json: evaluation/failures.html evaluation/page.html
+$(RUN)/results/report.html: $(wildcard evaluation/report.* evaluation/page.html \
+  $(RUN)/ablations/*/config.json) $(RUN)/results/config.json $(if $(DRAWN),$(RUN)/images/config.json)
+	$(RUNNER) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
+# Dropped weights are trained again only when they are needed.
+.SECONDARY: $(foreach seed,$(MODEL_SEEDS),$(METHODS:%=$(RUN)/models/%/config.json))
+$(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(call models,$m)), \
+  $(error KEEP_WEIGHTS=no: $m needs the weights of $(call models,$m), use KEEP_WEIGHTS=yes))))
+
+# Every command is parsed before the first one runs: a wrong flag is reported now, not after hours.
+GOALS  = $(RUN)/results $(if $(DRAWN),$(RUN)/images)
+STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked '$(GOALS)' $(PLAN))
+$(STALE): FORCE
+$(RUN)/.checked: | .venv/installed
+	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS)' $(PLAN))
+dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))) # make -n
+
+# ---- what you type ------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
 all: $(RUN)/results/report.html
-	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md) && echo "Report: $<")
-test torture: .venv/installed
-	$(if $(filter torture,$@),TORTURE=1) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --durations 15 tests
-status: ; @LOGS=$(RUN)/logs $(PYTHON) common/make.py status $(sort $(filter data/$(DATASET)-% runs/%,$(COMMANDS)) $(RUN)/results)
-help: ; @$(PYTHON) common/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
+	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md))
+	$(if $(dry),,@echo "Report: $<")
+test torture test-slurm: .venv/installed
+	$(if $(filter torture,$@),TORTURE=1) $(if $(filter test-slurm,$@),TEST_SLURM=1) \
+	  OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations 15 \
+	  $(if $(filter test-slurm,$@),-s -rs tests/test_slurm.py,-n auto --dist loadfile tests)
+status:
+	@LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
+help:
+	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' \
+	  Makefile),$(call quoted,$s=$($s)))
 clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt && touch $@
-.PHONY: all base bench sweep paper ablate dryrun failures test torture test-slurm status help clean FORCE
+.PHONY: all base bench sweep paper ablate dryrun failures test torture test-slurm status help \
+  clean FORCE
 .DELETE_ON_ERROR:

@@ -229,7 +229,7 @@ def unfinished(draw, args):
 
 
 def begin_unit(draw, args):
-    """The hidden folder of a unit: new, or with what is there for the same key."""
+    """Makes the hidden folder of a unit: empty, or with what is there for the same key."""
     path, work = args.out / draw.name, unfinished(draw, args)
     if files.read_json(work / "config.json").get("key") == draw.key:
         return
@@ -352,14 +352,15 @@ def draw_all(draws, wanted, rows, args):
     sampler = weights.Sampler(pipe.to(accelerator.device))
     score = ClipScore(clip.Clip(args.clip, accelerator.device), rows, args.alpha, args.embeddings)
     models.token_ids(pipe.tokenizer, [draw.prompt for draw in draws])  # raises for a long one
+    stage.start(args, wanted)
     if compute.FIRST:
+        (args.out / "metadata.csv").unlink(missing_ok=True)
         for draw in draws:
             begin_unit(draw, args)
-        (args.out / "metadata.csv").unlink(missing_ok=True)
-    stage.start(args, wanted)
-    seconds = []
-    while needed := [(draw, i) for draw in draws for i in batches_needed(draw, args)]:
-        compute.gather([])  # all have looked before anybody draws
+    seconds, needed = [], True
+    while needed:
+        compute.gather([])  # what the first process has begun, and all have drawn, is there
+        needed = [(draw, i) for draw in draws for i in batches_needed(draw, args)]
         seconds += compute.gather(draw_batches(sampler, score, compute.share(needed), args))
     for draw in draws if compute.FIRST else ():
         publish_unit(draw, sum(taken for name, taken in seconds if name == draw.name), args)

@@ -46,6 +46,14 @@ def gather(items):
     return gather_object(items)
 
 
+def part():
+    """Leaves the other processes, at the end."""
+    if PROCESSES > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
 def add_flags(parser, precision=True):
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
                         help="auto: a GPU if there is one")

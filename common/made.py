@@ -160,7 +160,8 @@ def stale(folder):
     config = files.read_json(folder / "config.json")
     if "key" not in config:  # half a file
         return (folder / ".stage").is_file() and (folder / "config.json").is_file()
-    units = [folder / name for name in config["files"] if name.endswith("/config.json")]
-    return (any(changed_files(path) for path in (folder, *(unit.parent for unit in units)))
+    units = [(folder / name).parent for name in config.get("files", {})
+             if name.endswith("/config.json")]
+    return (any(changed_files(path) for path in (folder, *units))
             or any(os.path.exists(path) and listing(path) != state
-                   for path, state in config["inputs"].items()))
+                   for path, state in config.get("inputs", {}).items()))

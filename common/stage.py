@@ -150,6 +150,8 @@ def run(main, shared=False):
     end_at_ctrl_c()
     begun = time.monotonic()
     status = call(main) if shared or compute.FIRST else 0
+    if shared and not status:
+        compute.part()
     if _log[0] and not status:
         print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)
     sys.exit(status)
@@ -243,6 +245,7 @@ def begin(args):
 
 def start(args, wanted):
     """Marks OUT as unfinished. wanted: {unit: how much of it is to be made}, for `make status`."""
+    compute.gather([])  # all processes have looked at what is there
     if compute.FIRST:
         made.start(args.out, wanted)
     compute.gather([])

@@ -30,6 +30,9 @@ def run(script, *args, fails=None):
 
     With `fails`, expects exit status 2 and one line on stderr that contains it; returns that line.
     """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # each process has its own
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
@@ -49,6 +52,14 @@ def run(script, *args, fails=None):
 def start(script, *args, **options):
     """Starts ROOT/script as a process of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True, **options)
+
+
+def together(processes, script, *args):
+    """Runs ROOT/script in several processes that share its work, as accelerate launch does."""
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
@@ -133,5 +144,5 @@ def vanilla(base, dataset, tmp_path_factory):
     """A synthetic set of the base model, 5 images per group, unfiltered."""
     out = tmp_path_factory.mktemp("synthetic") / "vanilla"
     run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--images", 5, "--batch", 4,
-        "--steps", 2, "--clip-threshold", 0, "--out", out)
+        "--steps", 2, "--keep", 1, "--alpha", 1, "--out", out)
     return out

@@ -133,13 +133,8 @@ def test_an_invalid_clip_is_a_one_line_error(dataset, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
-def test_shards_leave_parts_that_make_the_same_bytes_and_what_is_missing_is_embedded(base, dataset, tmp_path):
+def test_processes_share_the_batches_and_make_the_same_bytes(base, dataset, tmp_path):
     args = ("data/embed.py", "--data", dataset, "--clip", base / "clip", "--batch", 8, "--out")
     run(*args, tmp_path / "whole")
-    for shard in ("0/3", "2/3", "2/3"):
-        run(*args, tmp_path / "e", "--shard", shard)
-    assert len(list((tmp_path / "e").iterdir())) == 2
-    run(*args, tmp_path / "e")
-    assert files_of(tmp_path / "e") == files_of(tmp_path / "whole")
-    run(*args, tmp_path / "e", "--shard", "1/3")
+    together(3, *args, tmp_path / "e")
     assert files_of(tmp_path / "e") == files_of(tmp_path / "whole")

@@ -4,17 +4,17 @@ import csv
 import json
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LONG, files_of, make_dataset, run, start
+from conftest import LONG, files_of, make_dataset, run, start, together
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import finetune
-from common import files, imagefolder, latents, models, stage
+from base import training
+from common import compute, files, imagefolder, made, stage
 
 QUICK = ("--steps", 3, "--batch", 2, "--learning-rate", 1e-2)
 
@@ -97,7 +97,7 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
         tmp_path / "modes", *QUICK, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*/")] == ["all"]
     text = run("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--models", tmp_path / "out",
-               "--images", 4, "--share", "even", "--steps", 2, "--clip-threshold", 0, "--out", tmp_path / "synthetic")
+               "--images", 4, "--steps", 2, "--keep", 1, "--alpha", 1, "--out", tmp_path / "synthetic")
     assert "has no unit of its own" not in text
     rows = imagefolder.read_metadata(tmp_path / "synthetic")
     assert set(imagefolder.group_counts(rows).values()) == {4}
@@ -105,9 +105,9 @@ def test_one_model_for_the_dataset_draws_every_mode_of_a_class_in_every_group(ba
 
 
 def test_cached_latents_are_those_of_encoding_an_image_anew(base, dataset):
-    model = models.Base(base, torch.device("cpu"), False)
+    model = training.Base(base, compute.accelerator("cpu"))
     rows = imagefolder.read_metadata(dataset, "train")
-    images = latents.Images(dataset, rows, ["a photo"] * len(rows), 0, SimpleNamespace(steps=14, batch=4, accumulation=1))
+    images = training.Images(dataset, rows, ["a photo"] * len(rows), 0, steps=14, batch=4)
     images.encode(model)
     for pick in ([0], [5, 53, 17, 5]):
         chosen = [imagefolder.load_image(dataset / rows[i]["file_name"], 32) for i in pick]
@@ -130,23 +130,19 @@ def test_lora_in_bf16_has_nearly_the_losses_of_fp32_and_weights_in_fp32(base, da
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
-def test_shards_make_the_same_units_as_one_process(base, dataset, lora, tmp_path):
-    args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
-            "--out", tmp_path / "out")
-    run(*args, "--shard", "1/2")
-    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["y0-a1", "y1-a1"]
-    run(*args)
+def test_processes_share_the_units_and_make_the_same_bytes(base, dataset, lora, tmp_path):
+    together(3, "finetune.py", "--method", "lora", "--base", base, "--data", dataset, *QUICK, "--rank", 4, "--alpha", 16,
+             "--out", tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(lora)
 
 
-def test_shards_of_another_number_that_own_the_same_unit_are_refused(base, dataset, tmp_path):
+def test_an_output_that_another_command_writes_is_refused(base, dataset, tmp_path):
     args = ("finetune.py", "--method", "lora", "--base", base, "--data", dataset, "--steps", 5000, "--out",
             tmp_path / "out")
-    process = start(*args, "--shard", "1/2", "--checkpoint-every", 1, stdout=-1, stderr=-1)
-    while not checkpointed(tmp_path / "out" / ".y0-a1.partial" / "loss.csv"):
+    process = start(*args, "--checkpoint-every", 1, stdout=-1, stderr=-1)
+    while not checkpointed(tmp_path / "out" / ".y0-a0.partial" / "loss.csv"):
         assert process.poll() is None
         time.sleep(0.01)
-    run(*args, "--shard", "1/4", fails="out: is in use by another process")  # y0-a1 as well
     run(*args, fails="out: is in use by another process")
     process.kill()
     process.wait()
@@ -213,7 +209,7 @@ def test_a_changed_unit_is_trained_again_and_a_comment_retrains_nothing(base, da
 def test_the_digest_of_code_ignores_comments_docstrings_and_help(tmp_path):
     def digest(text):
         (tmp_path / "x.py").write_text(text)
-        return stage.code_digest(tmp_path / "x.py")
+        return made.code_digest(tmp_path / "x.py")
 
     first = digest('"""A."""\ndef f(x):\n    """B."""\n    return x + 1\nparser.add("--x", help="a")\n')
     assert first == digest('"""C."""\n\ndef f(x):  # why\n    """D."""\n    return x + 1\nparser.add("--x", help="b")\n')
@@ -223,7 +219,7 @@ def test_the_digest_of_code_ignores_comments_docstrings_and_help(tmp_path):
 @pytest.mark.parametrize("balance, batch, steps", ((0, 2, 3), (0, 4, 20), (0.5, 2, 5)))
 def test_the_images_that_steps_draw_and_no_others_are_encoded(balance, batch, steps):
     rows = [{"y": 0, "a": int(i > 20)} for i in range(24)]
-    images = latents.Images(None, rows, [""] * 24, (0, "x"), SimpleNamespace(steps=steps, accumulation=2, batch=batch), balance)
+    images = training.Images(None, rows, [""] * 24, (0, "x"), 2 * steps, batch, balance)
     assert set(images.drawn) == {i for step in range(2 * steps) for i in images.pick(step, batch)}
     assert len(images.drawn) == 24 if steps == 20 else len(images.drawn) <= 2 * steps * batch < 24
     assert all(row is rows[i] for i, row in images.drawn.items())

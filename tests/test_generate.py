@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, make_dataset, run, slow, start
+from conftest import files_of, make_dataset, run, slow, start, together
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,13 +26,13 @@ from generate import share_out
 def command(base, dataset):
     """Without a filter, as the fixture vanilla is drawn."""
     return ("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--batch", 4, "--steps", 2,
-            "--clip-threshold", 0)
+            "--keep", 1, "--alpha", 1)
 
 
 @pytest.fixture(scope="module")
 def filtering(command, embeddings):
     """With the paper's filter."""
-    return (*command[:-2], "--embeddings", embeddings)
+    return (*command[:-4], "--embeddings", embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,9 @@ def filtered(filtering, tmp_path_factory):
 
 
 def candidates(folder):
-    """The rows of a unit's candidates.csv."""
-    return [(int(row["index"]), float(row["clip_score"]), row["fault"]) for row in files.read_csv(folder / "candidates.csv")]
+    """The rows of a unit's candidates.csv, or of an unfinished unit's tables."""
+    rows = [row for path in sorted(folder.glob("candidates*.csv")) for row in files.read_csv(path)]
+    return [(int(row["index"]), float(row["clip_score"]), row["fault"]) for row in rows]
 
 
 def picked(out, unit):
@@ -157,7 +157,7 @@ def test_images_that_only_complete_a_batch_do_not_compete(filtering, tmp_path):
 
 
 def test_without_a_group_mean_no_embeddings_are_needed(command, tmp_path):
-    args = (*command[:-2], "--images", 3, "--out", tmp_path / "v")
+    args = (*command[:-4], "--images", 3, "--out", tmp_path / "v")
     run(*args, fails="--embeddings: the CLIP score needs the embeddings of the real images (run data/embed.py, or use --alpha 1)")
     run(*args, "--alpha", 0.99, fails="--embeddings")
     run(*args, "--alpha", 1)
@@ -167,7 +167,7 @@ def test_without_a_group_mean_no_embeddings_are_needed(command, tmp_path):
 def test_a_group_without_real_images_is_scored_by_its_class_alone(base, command, tmp_path):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4, (1, 0): 0, (1, 1): 4})
     run("data/embed.py", "--data", data, "--clip", base / "clip", "--out", tmp_path / "e")
-    run(*command[:5], "--data", data, *command[7:-2], "--embeddings", tmp_path / "e", "--images", 3, "--out", tmp_path / "v")
+    run(*command[:5], "--data", data, *command[7:-4], "--embeddings", tmp_path / "e", "--images", 3, "--out", tmp_path / "v")
     for group, alpha in (("y1-a0", 1), ("y1-a1", 0.5)):
         texts = [f"a photo of an odd digit on a {a} background" for a in ("red", "green")]
         expected = scores_by_hand(base, data, tmp_path / "v" / group, group, alpha, texts)
@@ -214,28 +214,32 @@ def test_a_killed_generation_resumes_and_draws_the_same_bytes(how, request, tmp_
     args = (*request.getfixturevalue(how), "--images", 12, "--out")
     run(*args, tmp_path / "whole")
     process = start(*args, tmp_path / "cut", stdout=-1, stderr=-1, start_new_session=True)
-    while not list(tmp_path.glob("cut/.y0-a1.partial/candidates.csv")):
+    while not list(tmp_path.glob("cut/.y0-a1.partial/candidates*.csv")):
         assert process.poll() is None
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "metadata.csv").exists()
-    first = (tmp_path / "cut" / "y0-a0" / "00000.png").stat().st_mtime_ns
+    first = (tmp_path / "cut" / ".y0-a0.partial" / "00000.png").stat().st_mtime_ns
     run(*args, tmp_path / "cut")
     assert (tmp_path / "cut" / "y0-a0" / "00000.png").stat().st_mtime_ns == first
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert not list(tmp_path.glob("cut/.y*"))
 
 
-def test_where_there_are_fewer_units_than_shards_they_share_the_images_of_one(filtering, filtered, tmp_path):
+def test_processes_divide_the_batches_of_all_units_and_draw_the_same_bytes(filtering, filtered, tmp_path):
     args = (*filtering, "--images", 6, "--out", tmp_path / "v")
-    for shard in (4, 5, 1, 2):  # y0-a0 and y0-a1 are drawn by two shards each
-        run(*args, "--shard", f"{shard}/6")
-    assert [row[0] for row in candidates(tmp_path / "v" / ".y0-a0.1.partial")] == [4, 5, 6, 7]
-    image = tmp_path / "v" / ".y0-a0.1.partial" / "00004.png"
-    drawn = image.stat().st_mtime_ns
+    together(3, *args)
+    assert files_of(tmp_path / "v") == files_of(filtered)
+    unit = tmp_path / "v" / "y0-a0"  # as if it had been killed after three batches by three processes
+    shutil.copytree(unit, tmp_path / "v" / ".y0-a0.partial")
+    shutil.rmtree(unit)
+    rows = files.read_csv(tmp_path / "v" / ".y0-a0.partial" / "candidates.csv")
+    (tmp_path / "v" / ".y0-a0.partial" / "candidates.csv").unlink()
+    files.write_csv(tmp_path / "v" / ".y0-a0.partial" / "candidates-2.csv", rows[4:])
+    kept = (tmp_path / "v" / ".y0-a0.partial" / "00004.png").stat().st_mtime_ns
     run(*args)
-    assert (tmp_path / "v" / "y0-a0" / image.name).stat().st_mtime_ns == drawn
+    assert (unit / "00004.png").stat().st_mtime_ns == kept
     assert files_of(tmp_path / "v") == files_of(filtered)
 
 
@@ -244,24 +248,6 @@ def test_batch_size_changes_images_by_float_noise_alone(command, vanilla, tmp_pa
     for row in imagefolder.read_metadata(vanilla):
         one, other = (np.asarray(Image.open(path / row["file_name"]), int) for path in (vanilla, tmp_path / "v"))
         assert abs(one - other).max() <= 1
-
-
-def test_below_a_threshold_what_clip_rejects_is_counted_and_replaced(command, vanilla, tmp_path):
-    scores = [statistics.median(float(row["clip_score"]) for row in imagefolder.read_metadata(vanilla)
-                                if imagefolder.group_of(row) == group) for group in ("y0-a0", "y0-a1", "y1-a0", "y1-a1")]
-    threshold = min(scores)  # about half of the images of one group are below it
-    run(*command, "--images", 5, "--clip-threshold", threshold, "--max-tries", 50, "--out", tmp_path / "v")
-    rows = imagefolder.read_metadata(tmp_path / "v")
-    assert set(imagefolder.group_counts(rows).values()) == {5}
-    assert all(float(row["clip_score"]) >= round(threshold, 4) for row in rows)
-    counts = json.loads((tmp_path / "v" / "config.json").read_text())["counts"]
-    assert all(count["kept"] == 5 for count in counts.values()) and any(count["clip"] for count in counts.values())
-
-
-def test_a_unit_that_cannot_fill_its_share_is_a_one_line_error(command, tmp_path):
-    run(*command, "--images", 5, "--clip-threshold", 1, "--max-tries", 2, "--out", tmp_path / "v",
-        fails="even digit on a red background (y0-a0): 0 of 16 images kept, 5 wanted")
-    assert not (tmp_path / "v" / "metadata.csv").exists()
 
 
 def test_blank_images_are_never_selected_and_a_unit_of_them_is_a_one_line_error(base, filtering, tmp_path):
@@ -429,4 +415,5 @@ def test_cards_are_what_the_hub_reads(base, dataset, vanilla, tmp_path):
         run("finetune.py", "--method", method, "--base", base, "--data", dataset, "--steps", 1, "--out", tmp_path / method)
         card = ModelCard.load(tmp_path / method / "y1-a0" / "README.md")
         assert card.data.base_model == str(base) and card.data.library_name == "diffusers" and method in card.data.tags
-        assert card.data.instance_prompt.endswith("sks") and load in card.text and "on 3 images: 1 steps of 1" in card.text
+        assert card.data.instance_prompt.endswith("sks") and load in card.text
+        assert "on 3 images: 1 steps of 1" in " ".join(card.text.split())
