@@ -497,7 +497,7 @@ def test_make_runs_all_stages(house, tmp_path, dataset, download, method, more):
     args = [f"DATASET={dataset}", f"ROOT={root}", f"RECIPES={method}", "BASE=base/miniature", "SEEDS=0",
             "CLIP=base/miniature/clip", "IMAGES=3", "EPOCHS=1", "K=2", "MODES=2", "CLUSTER=--min-size 3",
             "LORA=--steps 1", "COMPOSITIONAL=--steps 1 --batch 2", "CLASSIFIER=",
-            "GENERATE=--steps 2 --batch 4 --clip-threshold 0", *more]
+            "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1", *more]
     make(house, *args)
     bias = "0.9" if "BIAS=0.9" in more else "natural"
     assert f"| {method} |" in (house / "runs" / f"{dataset}-{bias}" / "results" / "results.md").read_text()

@@ -161,7 +161,7 @@ NUMBERS = {
     "cluster.py": "k k-max min-size seed",
     "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay prior-weight rank "
                    "alpha snr-gamma ema-decay checkpoint-every seed",
-    "generate.py": "images steps guidance-scale rare-below rare-guidance keep alpha clip-threshold max-tries batch seed",
+    "generate.py": "images steps guidance-scale rare-below rare-guidance keep alpha max-tries batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature dro-step jtt-upsampling",
     "evaluation/images.py": "batch",
     "base/pretrain.py": "vae-steps seed",
@@ -183,7 +183,6 @@ CONTRADICTIONS = {
     "finetune.py --method lora --balance 1 --base x --data {data} --out {out}": "--balance",
     "finetune.py --method lora --prompt sks --base x --data {data} --out {out}": "--prompt",
     "finetune.py --method lora --per cluster --base x --data {data} --out {out}": "has no column 'cluster'",
-    "finetune.py --method lora --shard 2/2 --base x --data {data} --out {out}": "--shard",
     "finetune.py --method sdxl --base x --data {data} --out {out}": "--method",
     "finetune.py --method lora --schedule sometimes --base x --data {data} --out {out}": "--schedule",
     "train_classifier.py --recipe two-stage --data {data} --out {out}": "--synthetic",

@@ -129,7 +129,7 @@ def tokens(request, base, pseudo, tmp_path_factory):
     run("finetune.py", "--method", request.param, "--per", "dataset", "--learn-identifiers", "--base", base, "--data", pseudo,
         "--balance", 1, "--steps", 3, "--batch", 8, "--learning-rate", 1e-3, "--identifier-rate", 0.1, "--out", out / "models")
     run("generate.py", "--base", base, "--clip", base / "clip", "--data", pseudo, "--models", out / "models", "--images", 8,
-        "--rare", "own", "--val-share", 0.25, "--steps", 2, "--clip-threshold", 0, "--batch", 8, "--out", out / "synthetic")
+        "--rare", "own", "--val-share", 0.25, "--steps", 2, "--keep", 1, "--alpha", 1, "--batch", 8, "--out", out / "synthetic")
     return out
 
 
@@ -343,7 +343,7 @@ def test_make_runs_a_folder_without_attribute_labels(tmp_path):
     shutil.copy(ROOT / "data" / "folder.mk", house / "data" / "mine.mk")
     args = ("DATASET=mine", "LOADER=folder", f"ROOT={data}", "PREPARE=--classes even odd", "BASE=base/miniature", "SEEDS=0",
             "CLIP=base/miniature/clip", "IMAGES=4", "EPOCHS=1", "CLUSTER=--min-size 3", "LORA=--steps 1", "TOKENS=", "CLASSIFIER=",
-            "DREAMBOOTH=--steps 1", "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --clip-threshold 0")
+            "DREAMBOOTH=--steps 1", "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1")
     text = make(house, *args)
     assert "| sage |" in text and "| clustered-free |" in text and "| erm-free |" in text and "each class is one group" in text
     text = make(house, *args, "failures", "PREDICTIONS=runs/mine-natural/classifiers/erm-free")

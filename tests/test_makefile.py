@@ -1,6 +1,7 @@
 """The Makefile: one tiny run, and what it would run again after a change."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,17 +80,23 @@ def test_another_recipe_runs_that_recipe_alone(house):
         "classifiers/groupdro", "results", "results/report.html"]
 
 
-def test_shards_and_launch_redo_no_finished_work(house):
-    assert would_run(house, "SHARDS=2", "LAUNCH=nice") == []
+def test_another_launcher_redoes_no_finished_work(house):
+    assert would_run(house, "LAUNCH=nice") == []
+
+
+def test_launchers_of_accelerate_and_torch_stand_for_python_and_others_before_it(house):
+    for launch, command in (("nice", "nice .venv/bin/python data/embed.py"),
+                            ("accelerate launch --num_processes 8", "accelerate launch --num_processes 8 data/embed.py"),
+                            ("torchrun --standalone", "torchrun --standalone data/embed.py")):
+        assert command in " ".join(make(house, "-n", "BIAS=0.9", f"LAUNCH={launch}").split())
 
 
 @slow
-def test_shards_run_side_by_side_behind_launch_and_make_the_same_bytes(house):
+def test_several_processes_of_a_command_make_the_same_bytes(house):
     lora = house / "runs" / "digits-0.95" / "models" / "lora"
     before = files_of(lora)
     shutil.rmtree(lora)
-    text = make(house, "SHARDS=2", "LAUNCH=nice", "-j2", str(lora.relative_to(house) / "config.json"))
-    assert "do nice .venv/bin/python finetune.py" in text and "--shard $i/2 &" in text
+    make(house, "LAUNCH=torchrun --standalone --nproc_per_node 2", "-j1", str(lora.relative_to(house) / "config.json"))
     assert files_of(lora) == before
 
 
@@ -134,7 +141,6 @@ def test_an_ablation_changes_one_setting_and_keeps_what_does_not_depend_on_it(ho
     assert "--prior" in made["models/clustered-k10"] and "--prior" not in made["models/clustered-no-prior"]
     assert "--alpha 0 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-alpha0"]
     assert "--keep 1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-random"]
-    assert "--clip-threshold 0.1 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-threshold"]
     assert "--rare transfer --models runs/digits-0.95/models/dreambooth " in made["synthetic/dreambooth-transfer"]
     assert "--rare own --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-own"]
     assert "--images 50 --models runs/digits-0.95/models/clustered " in made["synthetic/clustered-images50"]
@@ -154,9 +160,9 @@ def test_what_make_has_done_it_does_not_plan_again(house, tmp_path):
             lines = [line for line in run_make(house, "-n", *args).splitlines() if " --out " in line]
             for line in lines:  # as if it had been done
                 script, out = line.split(".venv/bin/python ")[1].split(" --out ")
+                command = [*shlex.split(script), "--out", out]
                 (house / out).mkdir(parents=True, exist_ok=True)
-                (house / out / ("command" if out[-5:] != ".html" else "x")).write_text(script + "\n")
-                (house / out / "config.json").write_text("{}")
+                files.write_json(house / out / "config.json", {"key": "x", "command": command})
         assert not [line for line in lines if "report" not in line], args
 
 
@@ -311,13 +317,13 @@ def test_digits_run_a_process_with_one_thread_per_core_unless_one_says_otherwise
     ("BIAS=95", "BIAS=95: give a number from 0 to 1"), ("BIAS=high", "BIAS=high: give a number from 0 to 1"),
     ("BIAS=0.9 0.99", 'BIAS=0.9 0.99: give one value (or run: make sweep BIAS="0.9 0.99")'),
     ("SEEDS=0 one", 'SEEDS=0 one: give integers, for example SEEDS="0 1 2"'), ("MODEL_SEEDS=-1", "MODEL_SEEDS=-1: give"),
-    ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("SHARDS=0", "SHARDS=0: give a positive integer"),
+    ("KEEP_WEIGHTS=No", "KEEP_WEIGHTS=No: use yes or no"), ("SHARDS=2", "SHARDS: no such setting"),
     ("CACHE=0", "CACHE=0: use yes or no"),
     ("RECIPES=lora+clustered", "RECIPES: lora+clustered: combine one recipe and one method, as filled+lora"),
     ("RECIPES=", "RECIPES is empty"), ("BIAS=", "BIAS is empty"), ("BIAS=-0", "BIAS=-0: give a number"),
     ("PREPARE=--classes dog's wolf", "data/prepare.py: error: flags: No closing quotation (check the quotes in this setting)"),
     ("RECIPIES=erm", "RECIPIES: no such setting (did you mean RECIPES?"),
-    ("GENERATE=--clip-treshold 0.2", "generate.py: error: unrecognized arguments: --clip-treshold 0.2"),
+    ("GENERATE=--alfa 0.2", "generate.py: error: unrecognized arguments: --alfa 0.2"),
     ("CLASSIFIER=--arch vgg", "train_classifier.py: error: --arch vgg: is neither cnn nor in torchvision"),
     ("K=many", "cluster.py: error: argument --k"), ("EPOCHS=many", "train_classifier.py: error: argument --epochs"),
     ("LORA=--rank 0", "finetune.py: error: argument --rank: 0 is not between"), ("IMAGES=", "generate.py: error: argument --images"),
@@ -367,42 +373,9 @@ def test_status_counts_no_more_images_than_are_wanted(tmp_path):
         for i in range(drawn):
             (synthetic / f".{unit}.partial" / f"{i:05}.png").touch()
     files.write_json(synthetic / ".stage", {"wanted": {"y0-a0": 6, "y0-a1": 6}})
-    done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
-    assert done.stdout.endswith("10 of 12 images done, to do\n")
+    status = [sys.executable, ROOT / "tools" / "make.py", "status", str(synthetic), f"{synthetic} generate.py"]
+    assert subprocess.run(status, capture_output=True, text=True).stdout.endswith("10 of 12 images done, to do\n")
     done_unit = synthetic / "y0-a0"
     files.write_json(done_unit / "config.json", {"seconds": 300})  # 6 images
-    done = subprocess.run([sys.executable, ROOT / "common" / "make.py", "status", synthetic], capture_output=True, text=True)
+    done = subprocess.run(status, capture_output=True, text=True)
     assert done.stdout.endswith("10 of 12 images done, to do, about 2 min left\n")
-
-
-# ---------------------------------------------------------------------------------------------- several GPUs
-
-
-def on_gpu(code, **variables):
-    return subprocess.Popen([sys.executable, ROOT / "common" / "on_gpu.py", "2", sys.executable, "-u", "-c",
-                             f"import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); {code}"],
-                            stdout=subprocess.PIPE, text=True, env=os.environ | variables)
-
-
-def test_each_command_has_a_gpu_of_its_own_and_a_killed_one_frees_it(tmp_path):
-    first, second = (on_gpu("time.sleep(60)", TMPDIR=str(tmp_path)) for _ in range(2))
-    held = [process.stdout.readline().strip() for process in (first, second)]
-    assert sorted(held) == ["0", "1"]
-    third = on_gpu("pass", TMPDIR=str(tmp_path))
-    time.sleep(0.5)
-    assert third.poll() is None  # it waits
-    second.kill()
-    second.wait()
-    assert third.communicate(timeout=30)[0].strip() == held[1] and third.returncode == 0
-    first.kill()
-    first.wait()
-
-
-def test_gpus_that_are_visible_are_shared_out(tmp_path):
-    done = on_gpu("pass", TMPDIR=str(tmp_path), CUDA_VISIBLE_DEVICES="5,7")
-    assert done.communicate(timeout=30)[0].strip() == "5"
-
-
-def test_gpus_stand_before_every_command(house):
-    lines = [line for line in make(house, "-n", "GPUS=2", "BIAS=0.9").splitlines() if "--out" in line]
-    assert lines and all(".venv/bin/python" in line and "common/on_gpu.py 2 " in line for line in lines)

@@ -55,7 +55,7 @@ def test_fine_tuned_weights_reload_in_plain_diffusers_and_draw_the_same_images(b
     run("finetune.py", *same, "--method", "lora", "--steps", 2, "--learning-rate", 0.01, "--alpha", 32, "--out",
         tmp_path / "lora")
     run("generate.py", *same, "--clip", base / "clip", "--models", tmp_path / "lora", "--images", 2, "--batch", 2,
-        "--steps", 3, "--clip-threshold", 0, "--rare", "own", "--out", tmp_path / "images")
+        "--steps", 3, "--keep", 1, "--alpha", 1, "--rare", "own", "--out", tmp_path / "images")
     pipe = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
     pipe.load_lora_weights(tmp_path / "lora" / "y1-a0")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -135,7 +135,7 @@ def test_a_single_file_checkpoint_draws_what_the_folder_draws(base, dataset, tmp
     save_file(single_file(StableDiffusionPipeline.from_pretrained(sd)), tmp_path / "one.safetensors")
     shutil.copytree(sd, tmp_path / "one", ignore=shutil.ignore_patterns("*.safetensors"))
     args = ("generate.py", "--clip", base / "clip", "--data", dataset, "--images", 1, "--batch", 1, "--steps", 2,
-            "--clip-threshold", 0)
+            "--keep", 1, "--alpha", 1)
     run(*args, "--base", sd, "--out", tmp_path / "of-folder")
     run(*args, "--base", tmp_path / "one.safetensors", "--out", tmp_path / "of-file")
     for row in imagefolder.read_metadata(tmp_path / "of-folder"):
