@@ -263,7 +263,7 @@ def difference(values):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     predictions, labels = read_recipes(args)
     rows = imagefolder.read_metadata(args.data)
     titles = imagefolder.group_titles(rows)
@@ -290,7 +290,7 @@ def main(argv=None):
         (out / "results.md").write_text(text, encoding="utf-8")
         figures.worst_group_bars(out / "worst_group.png", table, found, METRICS)
         figures.images_by_group(out / "images.png", titles, args.data, args.synthetic)
-        stage.finish(out, args, files.digest(results), inputs)
+        stage.finish(out, args, files.digest(results))
     if args.print:
         print(text)
 

@@ -210,7 +210,7 @@ def train(phases, images, val, groups, classes, device, args, seed, log):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     phases = RECIPES[args.recipe]
     rows = {split: imagefolder.read_metadata(args.data, split) for split in imagefolder.SPLITS}
     digests = {"data": files.digest(*(imagefolder.digest(args.data, part) for part in rows.values()))}
@@ -231,13 +231,13 @@ def main(argv=None):
         digests["synthetic"] = imagefolder.digest(args.synthetic, synthetic)
     if args.groups or args.val == "synthetic":
         digests["groups"] = files.digest(known["train"], imagefolder.digest(chosen_on, known["val"]))
-    key = files.digest(stage.settings_of(args, "seeds", "groups"), digests, files.model_digest(args.weights),
-                       stage.code_digest(__file__, classifiers.__file__, pixels.Pixels, imagefolder.load_image, stage.seed_of))
+    key = files.digest(made.settings_of(args, "seeds", "groups"), digests, files.model_digest(args.weights),
+                       made.code_digest(__file__, classifiers.__file__, pixels.Pixels, imagefolder.load_image, stage.seed_of))
     shard, shards = args.shard
     stage.claim(args, [f"seed{seed}" for seed in args.seeds[shard::shards]])
-    todo = [seed for seed in args.seeds[shard::shards] if not stage.is_published(args.out / f"seed{seed}", key)]
+    todo = [seed for seed in args.seeds[shard::shards] if not made.is_finished(args.out / f"seed{seed}", key)]
     if todo:
-        device = models.pick_device(args.device)
+        device = compute.accelerator(args.device).device
         images = {"real": (real := Images(args.data, known["train"], args.load_size, groups, args.cache))}
         if synthetic:
             images["synthetic"] = drawn = Images(args.synthetic, synthetic, args.load_size, groups, args.cache)
@@ -261,8 +261,8 @@ def main(argv=None):
         print(*failures, sep="\n", file=sys.stderr)
         return 1
     if shards == 1:
-        stage.remove_other_units(args.out, {f"seed{seed}" for seed in args.seeds})
-        stage.finish(args.out, args, key, inputs, digests=digests,
+        made.remove_other_units(args.out, {f"seed{seed}" for seed in args.seeds})
+        stage.finish(args.out, args, key, digests=digests,
                      group_labels=group_labels(args.recipe, args.synthetic, args.groups, args.val))
 
 
@@ -302,7 +302,7 @@ def parse(argv=None):
     parser.add_argument("--self-points", type=count, nargs="+", default=[20, 100, 500], help="numbers of val images that "
                         "SELF's last layer is tuned on; the best on the rest of val is kept (its authors')")
     pixels.add_flag(parser)
-    models.add_device_flags(parser)
+    compute.add_flags(parser)
     parser.add_argument("--shard", type=stage.shard_of, default="0/1", help="i/n: train every n-th seed, from the i-th on")
     args = parser.parse_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))
@@ -339,7 +339,7 @@ def publish_seed(path, model, splits, log, args, key, seed, begin):
                   out / "model.safetensors")
         files.write_csv(out / "predictions.csv", rows)
         files.write_csv(out / "log.csv", log)
-        stage.finish_unit(out, args, key, seed=seed, **stage.spent(begin))
+        made.finish(out, args, key, seed=seed, **stage.spent(begin))
 
 
 if __name__ == "__main__":

@@ -235,10 +235,10 @@ def to_pil(images):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
-    key = files.digest(stage.settings_of(args), stage.code_digest(__file__))
-    if stage.is_made(args, key, inputs):
-        return print(f"{args.out}: up to date")
+    stage.begin(args)
+    key = files.digest(made.settings_of(args), made.code_digest(__file__))
+    if stage.is_made(args, key):
+        return
 
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPProcessor
@@ -278,7 +278,7 @@ def main(argv=None):
         for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
             config.write_text(config.read_text().replace('"float16"', '"float32"'))  # what transformers computes in
         save_sheets(out, pipe.to(torch.float32), images, labels, args.samples)
-        stage.finish(out, args, key, inputs)
+        stage.finish(out, args, key)
 
 
 def parse(argv=None):

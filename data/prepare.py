@@ -400,7 +400,7 @@ def write_splits(out, rows, columns):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     root, rows, table = DATASETS[args.dataset](args)
     downloaded = isinstance(root, Path)
     add_captions(rows, args)
@@ -413,9 +413,9 @@ def main(argv=None):
         if missing:
             raise not_found(args, f"{len(missing)} of {len(rows)} images, the first is {missing[0]};")
     content = [str(root.resolve()), imagefolder.digest(root, rows)] if downloaded else [str(args.root), inputs]
-    key = files.digest(rows, content, args.dataset, stage.code_digest(__file__, hub.__file__))
-    if stage.is_made(args, key, inputs):
-        return print(f"{args.out}: up to date")
+    key = files.digest(rows, content, args.dataset, made.code_digest(__file__, hub.__file__))
+    if stage.is_made(args, key):
+        return
     if downloaded:
         pixels.check(root, rows)
     with files.replacing(args.out) as out:
@@ -430,7 +430,7 @@ def main(argv=None):
         columns = list(dict.fromkeys((*imagefolder.REQUIRED, *rows[0])))
         files.write_csv(out / "metadata.csv", rows, columns)
         write_splits(out / "splits", rows, columns)
-        stage.finish(out, args, key, inputs)
+        stage.finish(out, args, key)
     for split in imagefolder.SPLITS:
         print(f"{split:5}", imagefolder.group_counts(row for row in rows if row["split"] == split))
 

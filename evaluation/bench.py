@@ -324,7 +324,7 @@ SOURCES = {LORA: DIFFUSERS, DREAMBOOTH: DIFFUSERS, GROUP_DRO: "https://github.co
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     stage.start(args, {})
     args.work = args.out.resolve() / ".work.partial"
     files.remove(args.work)
@@ -343,7 +343,7 @@ def main(argv=None):
             publish(args.out, found)
             print(*cells(found), sep=" | ", flush=True)
     files.remove(args.work)
-    stage.finish(args.out, args, files.digest(args.rows), inputs)
+    stage.finish(args.out, args, files.digest(args.rows))
 
 
 def publish(out, found):

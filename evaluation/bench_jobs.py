@@ -76,7 +76,7 @@ def random_embeddings(folder, count):
     found = rng.standard_normal((count, 768), dtype=np.float32)
     found += centres[np.arange(count) % 4 * 8 + rng.integers(0, 8, count)]
     found /= np.linalg.norm(found, axis=1, keepdims=True)
-    models.save_embeddings(folder / "embeddings", rows, found)
+    clip.save_embeddings(folder / "embeddings", rows, found)
 
 
 def stable_diffusion(folder, width):
@@ -118,7 +118,7 @@ def generation_difference(prompts, batch, steps, guidance):
     """The largest difference of a value in [0, 1] between images of generate.py and of the plain pipeline, in fp32."""
     import generate
 
-    sampler, pipe, found = models.Sampler(BASE, models.pick_device("auto"), bf16=False), plain_pipeline(False), []
+    sampler, pipe, found = models.Sampler(BASE, compute.accelerator().device, bf16=False), plain_pipeline(False), []
     for group, prompt in prompts.items():
         draw = {"name": group, "prompt": prompt, "negative": "", "guidance": guidance}
         ours = generate.draw_images(sampler.pipe, draw, range(batch), Namespace(seed=0, steps=steps))
@@ -137,7 +137,7 @@ def flops_and_rate(base, data, batch):
 
     args = finetune.parse(["--method", "lora", "--base", base, "--data", data, "--batch", str(batch), "--out",
                            f"{data}-flops"])
-    device = models.pick_device("auto")
+    device = compute.accelerator().device
     model = models.Base(base, device, True)
     [unit] = finetune.units_of(imagefolder.read_metadata(data), [], args)
     unit.images.encode(model)

@@ -71,7 +71,7 @@ def dataset(folder, photos, width, train, groups=GROUPS):
             for i, row in enumerate(rows):
                 os.link(photos[i % len(photos)], hidden / row["file_name"])
             files.write_csv(hidden / "metadata.csv", rows)
-            models.save_embeddings(hidden, rows, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+            clip.save_embeddings(hidden, rows, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
     return {"data": path, "embeddings": path}
 
 

@@ -110,12 +110,12 @@ def with_classifier(rows, args):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     rows = imagefolder.read_metadata(args.data)
     names = {y: texts[0].removeprefix("a photo of ") for y, texts in imagefolder.class_prompts(rows).items()}
     rows = with_predictions(rows, args) if args.predictions else with_classifier(rows, args)
-    embeddings = models.read_embeddings(args.embeddings, rows)
-    texts = models.Clip(args.clip, models.pick_device(args.device)).texts(list(args.words)).numpy()
+    embeddings = clip.read_embeddings(args.embeddings, rows)
+    texts = clip.Clip(args.clip, compute.accelerator(args.device).device).texts(list(args.words)).numpy()
     groups = groups_of(rows, embeddings, args.words, texts, args)
     failing = [group for group in groups if group["p"] < 0.05 / len(groups)]  # Bonferroni: as many tests as groups
     for group in groups:
@@ -135,7 +135,7 @@ def main(argv=None):
         (out / "failures.html").write_text(page, encoding="utf-8")
         columns = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")
         files.write_csv(out / "groups.csv", [{name: group[name] for name in columns} for group in groups])
-        stage.finish(out, args, files.digest(page), inputs)
+        stage.finish(out, args, files.digest(page))
     print(f"{len(rows)} images, accuracy {accuracy:.3f}; it fails on {len(failing)} of {len(groups)} pseudo-groups")
     for group in failing:
         print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, rest of the class "
@@ -172,7 +172,7 @@ def parse(argv=None):
     parser.add_argument("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto by the silhouette")
     parser.add_argument("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
     parser.add_argument("--min-size", type=count, default=10, help="smallest number of images in a cluster")
-    models.add_device_flags(parser, precision=False)
+    compute.add_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if bool(args.predictions) == bool(args.weights):

@@ -281,7 +281,7 @@ def cost(source):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     everything = imagefolder.read_metadata(args.data)
     prompts = imagefolder.group_prompts(everything)
     titles = imagefolder.group_titles(everything)
@@ -289,24 +289,24 @@ def main(argv=None):
     if all(row["split"] == "train" for row in everything):
         raise InputError(args.data, "has no images of split val or test", "prepare the data again")
     key = files.digest(imagefolder.digest(args.data, everything), files.model_digest(args.clip),
-                       models.embeddings_digest(args.embeddings),
+                       clip.embeddings_digest(args.embeddings),
                        [[str(source), imagefolder.digest(source, rows), files.read_json(source / "config.json")]
                         for source, rows in sets.items()],
-                       stage.code_digest(__file__, models.__file__, imagefolder.load_image,
+                       made.code_digest(__file__, models.__file__, imagefolder.load_image,
                                          imagefolder.correlated_attribute))
-    if stage.is_made(args, key, inputs):
-        return print(f"{args.out}: up to date")
-    clip = models.Clip(args.clip, models.pick_device(args.device))
+    if stage.is_made(args, key):
+        return
+    clip = clip.Clip(args.clip, compute.accelerator(args.device).device)
     prompts = dict(zip(prompts, clip.texts(list(prompts.values())).numpy()))
     real = {name: [row for row in everything if (row["split"] == "train") == (name == "train")]
             for name in ("train", "held-out")}
-    real = {name: (rows, models.read_embeddings(args.embeddings, rows, clip)) for name, rows in real.items()}
+    real = {name: (rows, clip.read_embeddings(args.embeddings, rows, clip)) for name, rows in real.items()}
     groups = group_rows("real", *real["train"], real, {}, titles)
     table = [set_row("real", *real["train"], groups, prompts)]
     with files.replacing(args.out) as out:
         out.mkdir()
         for source, rows in sets.items():
-            embeddings = models.embed_images(clip, source, rows, args.batch, args.cache)
+            embeddings = clip.embed_images(clip, source, rows, args.batch, args.cache)
             counts = files.read_json(source / "config.json").get("counts", {})
             of, its_prompts = real, prompts
             folder, merged = imagefolder.groups_drawn(source, args.data)
@@ -326,7 +326,7 @@ def main(argv=None):
         (out / "images.md").write_text("\n".join([
             f"The synthetic images. {MEASURES}", "", markdown_of(out / "synthetic.csv"), markdown_of(out / "cost.csv")]),
             encoding="utf-8")
-        stage.finish(out, args, key, inputs)
+        stage.finish(out, args, key)
 
 
 def markdown_of(path):
@@ -342,7 +342,7 @@ def parse(argv=None):
     parser.add_argument("--clip", required=True, help="folder or hub id of the CLIP model that made them")
     parser.add_argument("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
     pixels.add_flag(parser)
-    models.add_device_flags(parser, precision=False)
+    compute.add_flags(parser, precision=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -44,7 +44,7 @@ def verdict(row, reference, wanted):
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     todo = "run evaluate.py with --references vanilla groupdro dreambooth for this run first"
     found = {results.parent.name: {row["recipe"]: row for row in figures.read_intervals(results / "intervals.csv", todo)}
              for results in args.results}
@@ -67,7 +67,7 @@ def main(argv=None):
     with files.replacing(args.out) as out:
         out.mkdir()
         (out / "paper.md").write_text(text, encoding="utf-8")
-        stage.finish(out, args, files.digest(text), inputs)
+        stage.finish(out, args, files.digest(text))
     print(text)
 
 

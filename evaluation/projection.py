@@ -68,7 +68,7 @@ def read_commands(text):
             command.title = f"generate {command.method}"
         elif command.script == "finetune.py":
             command.method, command.title = before.method, f"finetune {before.method}"
-            kind = stage.settings_of(settings, "steps", "per", "balance", "learning_rate", "seed")
+            kind = made.settings_of(settings, "steps", "per", "balance", "learning_rate", "seed")
             command.row = first.setdefault((*map(str, kind.values()), bool(settings.prior)), command.title)
         elif command.script == "train_classifier.py":
             command.title = "train " + settings.recipe + (f" {settings.synthetic.name}" if settings.synthetic else "")

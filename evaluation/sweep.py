@@ -17,7 +17,7 @@ from evaluation import figures
 
 def main(argv=None):
     args = parse(argv)
-    inputs = stage.begin(args)
+    stage.begin(args)
     values = {}
     for results in args.results:
         bias = re.sub(r"-seed\d+$", "", results.parent.name).rsplit("-", 1)[-1]
@@ -36,7 +36,7 @@ def main(argv=None):
             [recipe, *("{:.3f} [{:.3f}, {:.3f}]".format(*row[bias]) if bias in row else "" for bias in biases)]
             for recipe, row in values.items()])
         (out / "sweep.md").write_text(text, encoding="utf-8")
-        stage.finish(out, args, files.digest(values), inputs)
+        stage.finish(out, args, files.digest(values))
     print(text)
     print(f"Figure: {args.out}/sweep.png")
 
