@@ -45,6 +45,7 @@ Prompts: {"; ".join(prompts[:20])}{"; ..." * (len(prompts) > 20)}""")
 def of_weights(path, unit, args):
     """The card of fine-tuned weights; unit: see finetune.Unit; args: of finetune.py."""
     prompts = sorted(set(unit.images.prompts))[:3]
+    prior = ", with prior preservation" if unit.prior else ""
     load = 'pipe.unet = UNet2DConditionModel.from_pretrained("<this folder>", subfolder="unet")'
     if args.method == "lora":
         load = f'pipe.load_lora_weights("<this folder>", weight_name="{LORA_FILE}")'
@@ -55,7 +56,7 @@ def of_weights(path, unit, args):
 # {unit.title}
 
 {args.base}, fine-tuned with {args.method} on {len(unit.rows)} images: {args.steps} steps of
-{args.batch}, learning rate {args.learning_rate:g}{", with prior preservation" if unit.prior else ""}. Prompt:
+{args.batch}, learning rate {args.learning_rate:g}{prior}. Prompt:
 {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
     pipe = StableDiffusionPipeline.from_pretrained("{args.base}")

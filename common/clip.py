@@ -1,4 +1,4 @@
-"""CLIP (or another image encoder): embeddings of images and prompts, and the file that keeps them."""
+"""CLIP, or another image encoder: embeddings of images and prompts, and the file of them."""
 
 from common import files, imagefolder, models, stage
 from common.files import InputError

@@ -244,7 +244,7 @@ def unit_title(unit, titles):
 
 
 def correlated_attribute(counts, y):
-    """The attribute most over-represented in class y, by P(a | y) / P(a); counts: {group: images}."""
+    """The attribute most over-represented in class y, by P(a | y) / P(a); counts: per group."""
     with_a = Counter()
     for group, count in counts.items():
         with_a[labels_of(group)[1]] += count

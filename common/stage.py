@@ -31,7 +31,7 @@ RERUN = "(fix this and rerun; finished work is kept)"
 
 
 def lazy(name):
-    """A module that is imported when it is first used: `--help` and errors do not wait for torch."""
+    """A module that is imported when it is first used: `--help` does not wait for torch."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -47,7 +47,7 @@ def seed_of(*parts):
 
 
 def spent(begin):
-    """What a process used since `begin`, of time.monotonic(): seconds, and its peak memory in MB."""
+    """What a process used since `begin`, of time.monotonic(): seconds, and peak memory in MB."""
     import torch
 
     used = {"seconds": round(time.monotonic() - begin, 1),

@@ -1,4 +1,8 @@
-"""Image datasets of the Hugging Face Hub, or local folders of parquet files, as `datasets.load_dataset` reads them."""
+"""A dataset of the Hugging Face Hub, or a local folder of parquet files; needs `datasets`.
+
+As `datasets.load_dataset` reads it, streamed. Splits that it lacks are cut from train by a digest
+of the names: val 10 % of each group, test 20 %. Install it with .venv/bin/pip install datasets.
+"""
 
 import io
 from contextlib import contextmanager
@@ -9,65 +13,96 @@ from PIL import Image
 
 from common import imagefolder
 from common.files import InputError
+from data import Found, split_groups
 
-SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+SOURCE = "a hub id, such as grodino/waterbirds, or a folder of parquet files"
+SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val",
+          "testing": "test"}
 LABELS = 100  # a column with more values than that is no label
 
 
-def read(args):
-    """(function that writes the images into a folder, a row per image, class names, attribute names) of a dataset.
+def add_flags(parser):
+    parser.add_argument("--image", help="the column of the images; default: the first of the kind")
+    parser.add_argument("--y", default="label", help="the column of the class: numbers, texts, or "
+                        "true and false")
+    parser.add_argument("--a", help="the column of the attribute; default: attribute, if there is "
+                        "such a column")
 
-    args: root, a hub id or a local folder; image, y, a: columns; without `image` the first one that has images. Streamed:
-    first the labels alone, then one image after the other, as they are. Names are those of a ClassLabel, or the texts in
-    the column; None if it holds numbers.
-    """
+
+def words(args):
+    return "a photo of a {y}, {a}", "a photo of a {y}", None, None
+
+
+def read(args):
+    """First the labels alone, then one image after the other, as they are."""
     try:
         import datasets  # only here: its users have installed it
     except ImportError:
-        raise InputError("prepare.py hub", "needs the library datasets", "run .venv/bin/pip install datasets") from None
+        raise InputError("prepare.py hub", "needs the library datasets",
+                         "run .venv/bin/pip install datasets") from None
     datasets.disable_progress_bars()
-    with readable(args):
+    with readable(args.root):
         parts = datasets.load_dataset(str(args.root), streaming=True)
         features = next(iter(parts.values())).features
-    args.image = args.image or next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    args.a = args.a or ("attribute" if "attribute" in features else None)  # None: there are no attribute labels
-    for name in ("image", "y", "a")[:2 + bool(args.a)]:
-        if getattr(args, name) not in features:
-            raise InputError(f"--{name} {getattr(args, name)}", f"is not a column of {args.root}",
+    images = args.image or next((name for name, kind in features.items()
+                                 if isinstance(kind, datasets.Image)), None)
+    attribute = args.a or ("attribute" if "attribute" in features else None)
+    columns = [args.y, attribute] if attribute else [args.y]
+    for flag, name in zip(("--image", "--y", "--a"), (images, *columns)):
+        if name not in features:
+            raise InputError(f"{flag} {name}", f"is not a column of {args.root}",
                              f"use one of {', '.join(features)}")
-    with readable(args):
-        found = [(name, i, row[args.y], row[args.a] if args.a else 0) for name, part in parts.items()
-                 for i, row in enumerate(part.select_columns([args.y, args.a][:1 + bool(args.a)]))]
-        parts = {name: part.select_columns([args.image]).cast_column(args.image, datasets.Image(decode=False))
-                 for name, part in parts.items()}
-        suffix = Image.open(io.BytesIO(content(next(iter(next(iter(parts.values()))))[args.image]))).format.lower()
-    (codes_y, names_y), (codes_a, names_a) = (codes_of(f"--{name} {getattr(args, name)}", features.get(getattr(args, name)),
-                                                       {row[k] for row in found}) for name, k in (("y", 2), ("a", 3)))
-    rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": SPLITS.get(name, name), "y": codes_y[y], "a": codes_a[a]}
-            for name, i, y, a in found]
-    unknown = {row["split"] for row in rows} - {*imagefolder.SPLITS}
-    if unknown:
-        raise InputError(f"--root {args.root}", f"has a split {unknown.pop()!r}", "known are train, validation and test")
+    found = []
+    with readable(args.root):
+        for name, part in parts.items():
+            for i, row in enumerate(part.select_columns(columns)):
+                found.append((name, i, row[args.y], row[attribute] if attribute else 0))
+            part = part.select_columns([images])
+            parts[name] = part.cast_column(images, datasets.Image(decode=False))
+        first = next(iter(next(iter(parts.values()))))[images]
+        suffix = Image.open(io.BytesIO(content(first))).format.lower()
+    codes_y, classes = codes_of(f"--y {args.y}", features[args.y], {row[2] for row in found})
+    codes_a, attributes = codes_of(f"--a {attribute}", features.get(attribute),
+                                   {row[3] for row in found})
+    rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": SPLITS.get(name, name),
+             "y": codes_y[y], "a": codes_a[a]} for name, i, y, a in found]
+    cut_splits(rows, args.root)
 
     def write(folder):
         wanted = {row["file_name"] for row in rows}
-        with readable(args):
+        with readable(args.root):
             for name, part in parts.items():
                 for i, row in enumerate(imagefolder.progress(part, f"write {name}", "image")):
-                    if (file := f"{name}-{i:06}.{suffix}") in wanted:
-                        (folder / file).write_bytes(content(row[args.image]))
+                    file = f"{name}-{i:06}.{suffix}"
+                    if file in wanted:
+                        (folder / file).write_bytes(content(row[images]))
 
-    return write, rows, names_y, names_a
+    return Found(write, rows, None, bool(attribute), classes, attributes)
+
+
+def cut_splits(rows, root):
+    """Cuts val and test from train where they are missing."""
+    there = {row["split"] for row in rows}
+    unknown = there - {*imagefolder.SPLITS}
+    if unknown:
+        raise InputError(f"--root {root}", f"has a split {unknown.pop()!r}",
+                         "known are train, validation and test")
+    if "train" not in there:
+        raise InputError(f"--root {root}", "has no split train",
+                         f"it has {', '.join(sorted(there))}")
+    val, test = 0.1 * ("val" not in there), 0.2 * ("test" not in there)
+    train = [row for row in rows if row["split"] == "train"]
+    split_groups(train, 1 - val - test, 1 - test)
 
 
 @contextmanager
-def readable(args):
+def readable(root):
     """Turns what the library and the Hub raise into one InputError."""
     try:
         yield
-    except Exception as error:  # OSError, ValueError, DatasetNotFoundError, HTTP errors, pyarrow's, ...
+    except Exception as error:  # OSError, ValueError, HTTP errors, pyarrow's, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--root {args.root}", f"cannot be read by datasets: {reason}",
+        raise InputError(f"--root {root}", f"cannot be read by datasets: {reason}",
                          "give a hub id, or a folder that load_dataset reads") from None
 
 
@@ -79,10 +114,15 @@ def content(image):
 def codes_of(flag, feature, values):
     """({value: its label, from 0}, names of the labels or None if they are numbers)."""
     if hasattr(feature, "names"):  # a ClassLabel
-        return {i: i for i in range(len(feature.names))}, [name.replace("_", " ") for name in feature.names]
-    if len(values) > LABELS or not ({type(value) for value in values} in ({int}, {str}, {bool})):
+        names = [name.replace("_", " ") for name in feature.names]
+        return {i: i for i in range(len(names))}, names
+    kinds = {type(value) for value in values}
+    if len(values) > LABELS or kinds not in ({int}, {str}, {bool}):
         raise InputError(flag, f"has values such as {', '.join(map(repr, islice(values, 3)))}",
-                         f"a label is an integer, a text, or true or false, one of at most {LABELS}")
+                         f"a label is an integer, a text, or true or false, one of at most "
+                         f"{LABELS}")
     different = sorted(values)
-    names = [value.replace("_", " ") for value in different] if isinstance(different[0], str) else None
+    names = None
+    if kinds == {str}:
+        names = [value.replace("_", " ") for value in different]
     return {value: i for i, value in enumerate(different)}, names

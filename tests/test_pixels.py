@@ -51,7 +51,7 @@ def test_an_image_is_decoded_once_for_all_datasets_beside_each_other(folder, mon
     Pixels(folder, rows[:20], 16)
     decoded = []
     load = imagefolder.load_image
-    monkeypatch.setattr(pixels.stage, "code_digest", lambda *parts: "x" * 16)
+    monkeypatch.setattr(pixels.made, "code_digest", lambda *parts: "x" * 16)
     Pixels(folder, rows[:20], 16)
     monkeypatch.setattr(imagefolder, "load_image", lambda path, size: decoded.append(path) or load(path, size))
     other = folder.with_name("other")

@@ -1,5 +1,6 @@
 """train_classifier.py: the losses by hand, the stage by its files."""
 
+import contextlib
 import csv
 import subprocess
 import sys
@@ -13,10 +14,9 @@ from torch.nn import functional as F
 
 import train_classifier
 from common import files, imagefolder, stage
-from common.classifiers import (Images, deep_feature_reweighting, disagreeing, early_stop_disagreement, new_classifier,
-                                tuned)
+from baselines.last_layer import deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
+from common.classifiers import Images, new_classifier, predict, to_input
 from common.pixels import Pixels
-from evaluation.bench_jobs import last_layer_through_network
 from train_classifier import RECIPES, Losses, group_labels, supervised_contrastive, takes_synthetic
 
 QUICK = ("--epochs", 2, "--last-layer-epochs", 2, "--batch", 16, "--seeds", 0)
@@ -45,23 +45,13 @@ def test_pretraining_weighs_cross_entropy_and_the_contrastive_loss_by_beta():
     logits, features, y = torch.randn(6, 2), F.normalize(torch.randn(6, 5), dim=1), torch.tensor([0, 0, 1, 1, 1, 0])
     parts = torch.stack([F.cross_entropy(logits, y), supervised_contrastive(features, y, 0.1)])
     for beta in (0.0, 0.1, 0.5, 1.0):
-        losses = Losses(Sized([0, 1]), 2, SimpleNamespace(beta=beta, temperature=0.1))
+        losses = Losses(torch.tensor([0, 1]), 2, beta, temperature=0.1, dro_step=0)
         expected = torch.tensor([beta, 1 - beta]) @ parts
         assert torch.allclose(losses.contrastive(logits, features, y, None), expected)
 
 
-class Sized:
-    """The groups of a training set."""
-
-    def __init__(self, groups):
-        self.group = torch.tensor(groups)
-
-    def __len__(self):
-        return len(self.group)
-
-
 def test_group_dro_follows_algorithm_1():
-    losses = Losses(Sized([0, 1, 2, 2]), 3, SimpleNamespace(dro_step=0.5))
+    losses = Losses(torch.tensor([0, 1, 2, 2]), 3, 0.5, 0.1, dro_step=0.5)
     logits, y, group = torch.tensor([[2., 0.], [0., 1.], [0., 0.]]), torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
     each = F.cross_entropy(logits, y, reduction="none")
     means = torch.stack([each[0], torch.tensor(0.), (each[1] + each[2]) / 2])
@@ -74,7 +64,7 @@ def test_group_dro_follows_algorithm_1():
 
 def test_group_dro_gives_the_numbers_of_spuco():
     """Recorded from GroupWeightedLoss of spuco 2.0.3 (pip), step size 0.1, on these three batches."""
-    losses, given = Losses(Sized([0, 1, 2, 3]), 4, SimpleNamespace(dro_step=0.1)), []
+    losses, given = Losses(torch.tensor([0, 1, 2, 3]), 4, 0.5, 0.1, dro_step=0.1), []
     for step in range(3):
         rng = np.random.default_rng(step)
         logits = torch.tensor(rng.normal(size=(8, 2)), dtype=torch.float32)
@@ -85,7 +75,7 @@ def test_group_dro_gives_the_numbers_of_spuco():
 
 
 def test_a_group_without_training_images_has_no_weight_in_group_dro():
-    losses = Losses(Sized([0] * 9 + [2]), 3, SimpleNamespace(dro_step=1))
+    losses = Losses(torch.tensor([0] * 9 + [2]), 3, 0.5, 0.1, dro_step=1)
     losses.group_dro(torch.zeros(2, 2), None, torch.tensor([0, 1]), torch.tensor([0, 2]))
     assert losses.group_weights[1] == 0 and losses.group_weights.sum() == pytest.approx(1)
 
@@ -116,7 +106,7 @@ def test_errors_of_the_first_model_stand_several_times_in_an_epoch_of_jtt():
 
 def test_group_weights_make_every_group_count_alike():
     """Of groups of 3, 1 and 0 images, each that is there has half of the weight."""
-    losses = Losses(Sized([0, 0, 0, 1]), 3, None)
+    losses = Losses(torch.tensor([0, 0, 0, 1]), 3, 0.5, 0.1, dro_step=0)
     logits, y, group = torch.randn(4, 2), torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1])
     each = F.cross_entropy(logits, y, reduction="none")
     assert torch.allclose(losses.group_weighted(logits, None, y, group), each[:3].mean() / 2 + each[3] / 2)
@@ -136,10 +126,9 @@ def test_deep_feature_reweighting_drops_the_feature_that_only_the_training_set_r
     features = torch.cat([F.one_hot(y, classes), F.one_hot(a, classes)], 1).float()
     features += torch.randn(features.shape, generator=rng) / 4
     model = torch.nn.Module()
-    model.bf16 = False
-    model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(2 * classes, classes)
-    val = SimpleNamespace(pixels=(features[:, :, None, None] + 1) * 127.5, y=y, group=y * classes + a)
-    assert deep_feature_reweighting(model, val, None, SimpleNamespace(resolution=1), 0) > 0.9
+    model.last_layer = torch.nn.Linear(2 * classes, classes)
+    val = SimpleNamespace(y=y, group=y * classes + a)
+    assert deep_feature_reweighting(model, val, features, 0) > 0.9
     weight = model.last_layer.weight.abs()
     assert weight[:, :classes].diagonal().min() > 5 * weight[:, classes:].max()
 
@@ -155,11 +144,9 @@ def test_deep_feature_reweighting_gives_the_layer_of_spuco(seed, weight, bias):
     y, a = np.repeat([0, 0, 1, 1], 60), np.tile(np.repeat([0, 1], 60), 2)
     features = np.stack([y + rng.normal(0, 0.35, 240), a + rng.normal(0, 0.35, 240), rng.normal(size=240)], 1)
     scaler, model = StandardScaler().fit(features), torch.nn.Module()
-    model.bf16 = False
-    model.backbone, model.last_layer = torch.nn.Flatten(), torch.nn.Linear(3, 2)
-    pixels = (torch.tensor(features, dtype=torch.float32)[:, :, None, None] + 1) * 127.5
-    val = SimpleNamespace(pixels=pixels, y=torch.tensor(y), group=torch.tensor(2 * y + a))
-    deep_feature_reweighting(model, val, None, SimpleNamespace(resolution=1), seed)
+    model.last_layer = torch.nn.Linear(3, 2)
+    val = SimpleNamespace(y=torch.tensor(y), group=torch.tensor(2 * y + a))
+    deep_feature_reweighting(model, val, torch.tensor(features, dtype=torch.float32), seed)
     ours = (model.last_layer.weight[1] - model.last_layer.weight[0]).detach().numpy()
     assert ours * scaler.scale_ == pytest.approx(weight, abs=1e-3)
     shift = (model.last_layer.bias[1] - model.last_layer.bias[0]).item()
@@ -201,8 +188,7 @@ def test_self_picks_the_points_and_gives_the_layer_of_its_authors(classes, point
     with torch.no_grad():
         chosen = held[disagreeing(*(layer(features[held]).softmax(1) for layer in (early, final)), points)]
     assert chosen.tolist() == [int(index) for index in picked.split()]
-    layer = tuned(final, features[chosen], y[chosen], 0.01, SimpleNamespace(batch=32, weight_decay=1e-4),
-                  torch.Generator().manual_seed(seed))
+    layer = tuned(final, features[chosen], y[chosen], 0.01, 32, 1e-4, torch.Generator().manual_seed(seed))
     assert layer.weight.detach().numpy() == pytest.approx(np.array(weight), abs=1e-5)
     assert layer.bias.tolist() == pytest.approx(bias, abs=1e-5)
 
@@ -220,14 +206,12 @@ def test_self_disagreement_is_the_kl_divergence_of_the_early_from_the_final_mode
 def test_self_reads_no_group_label_of_the_half_of_val_that_it_trains_on():
     y, features, early, final = self_inputs(2)
     model, weights = torch.nn.Module(), []
-    model.bf16 = False
     half = np.random.default_rng(stage.seed_of(0, "self")).permutation(200)[:100]
     for groups in (y, y.clone().index_fill(0, torch.from_numpy(half), 3)):
-        model.backbone, model.last_layer = torch.nn.Flatten(), final
-        val = SimpleNamespace(pixels=(features[:, :, None, None] + 1) * 127.5, y=y, group=groups)
+        model.last_layer = final
         history = [layer(features).softmax(1).detach() for layer in (early, final)]
-        args = SimpleNamespace(resolution=1, self_points=[20, 100], batch=32, weight_decay=1e-4)
-        assert early_stop_disagreement(model, val, history, args, 0) > 0.5
+        assert early_stop_disagreement(model, SimpleNamespace(y=y, group=groups), features, 0, history, points=[20, 100],
+                                       batch=32, weight_decay=1e-4) > 0.5
         weights.append(model.last_layer.weight)
     assert torch.equal(*weights) and not torch.equal(weights[0], final.weight)
 
@@ -291,14 +275,34 @@ def test_cached_features_train_the_last_layer_as_the_frozen_network_does(dataset
     images, val = (Images(dataset, part, 32, groups) for part in rows.values())
     args = train_classifier.parse(["--recipe", "erm", "--data", str(dataset), "--out", "x", "--last-layer-epochs", "4",
                                    "--batch", "16", "--last-layer-rate", "0.3"])
-    phase, losses, histories = RECIPES["two-stage"][1], Losses(images, len(groups), args), []
+    phase, losses, histories = RECIPES["two-stage"][1], Losses(images.group, len(groups), 0.5, 0.1, 0), []
     for trained in (train_classifier.train_phase, last_layer_through_network):
         torch.manual_seed(0)
         model = new_classifier("cnn", "none", 2)
-        found = trained(model, phase, images, val, losses, args, 0, log=[])
+        found = trained(model, phase, images, val, losses, args, contextlib.nullcontext, 0, log=[])
         histories.append(torch.stack(found[1]))
     cached, plain = histories
     assert torch.allclose(cached, plain, atol=1e-5) and (plain[0] - plain[-1]).abs().max() > 0.01
+
+
+def last_layer_through_network(model, phase, images, val, losses, args, autocast, seed, log):
+    """train_phase for the last layer, written plainly: every batch goes through the frozen network."""
+    model.eval()
+    optimizer = torch.optim.SGD(model.last_layer.parameters(), args.last_layer_rate, momentum=0.9,
+                                weight_decay=args.weight_decay)
+    schedule, history = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.last_layer_epochs), []
+    for epoch in range(args.last_layer_epochs):
+        rng = torch.Generator().manual_seed(stage.seed_of(seed, phase, epoch))
+        for batch in images.batches(phase.drawn, args.batch, rng):
+            with torch.no_grad():
+                features = model.backbone(to_input(images.pixels[batch], args.resolution))
+            loss = losses.cross_entropy(model.last_layer(features), None, images.y[batch], None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        history.append(predict(model, val, args.resolution, autocast))
+    return None, history
 
 
 def test_a_resnet_needs_no_library_but_its_own():
