@@ -50,7 +50,7 @@ def read_table(path, required):
 
 def check_columns(path, columns, required):
     """Raises InputError unless each of the required columns is there, and none twice."""
-    for column, count in Counter(columns).items():
+    for column, count in Counter(list(columns)).items():
         if count > 1:
             raise InputError(path, f"has {count} columns named {column!r}", "keep one")
     for column in required:

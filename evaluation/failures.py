@@ -1,50 +1,56 @@
-"""What is wrong with my classifier? One page about the images that it fails on, without any attribute label.
+"""What is wrong with my classifier? One page about the images that it fails on, without labels.
 
-    python evaluation/failures.py --data data/dogs-natural --embeddings runs/dogs-natural/embeddings --clip $CLIP \\
-        --predictions ~/predictions.csv --words "on grass" "on snow" "at night" --out runs/dogs-natural/failures
-    python evaluation/failures.py ... --weights ~/resnet18.safetensors --arch resnet18 --out runs/dogs-natural/failures
+    python evaluation/failures.py --data data/dogs --embeddings runs/dogs/embeddings --clip $CLIP \\
+        --predictions ~/predictions.csv --words "on grass" "on snow" --out runs/dogs/failures
+    python evaluation/failures.py ... --weights ~/resnet18.safetensors --arch resnet18 --out ...
 
-The images that have a prediction are clustered across classes, as by cluster.py --within dataset; an image's pseudo-group is
-its class and its cluster. Per pseudo-group the page tells the accuracy, whether it is significantly below that of the rest of
-the class, images, and which of --words CLIP finds more in it than in the rest of the class.
+The images that have a prediction are clustered across classes, as by cluster.py --within dataset;
+an image's pseudo-group is its class and its cluster. Per pseudo-group the page tells the accuracy,
+whether it is significantly below that of the rest of the class, images, and which of --words CLIP
+finds more in it than in the rest of the class.
 
-Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file_name, as in DATA or in the folder that DATA was made from, and
-prediction, the class; or a folder of train_classifier.py, whose first seed is taken), or WEIGHTS, the whole state dict of a
-network of torchvision. Writes OUT/failures.html, OUT/groups.csv, a sheet of images per pseudo-group and OUT/config.json.
+Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file_name, as in DATA or in the folder that DATA
+was made from, and prediction, the class; or a folder of train_classifier.py, whose first seed is
+taken), or WEIGHTS, the whole state dict of a network of torchvision. Writes OUT/failures.html,
+OUT/groups.csv, a sheet of images per pseudo-group and OUT/config.json.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 import cluster
-from common import classifiers, files, imagefolder, models, pixels, stage
+from common import classifiers, clip, compute, files, imagefolder, pixels, stage
 from common.files import InputError
 from evaluation.report import environment
 
 np = stage.lazy("numpy")
 torch = stage.lazy("torch")
 
-WORDS = ("indoors", "outdoors", "on water", "on land", "on grass", "in snow", "in a forest", "in a street", "at night",
-         "a person", "a hand", "text", "red", "green", "blue", "dark", "bright", "black and white", "a drawing")
+WORDS = ("indoors", "outdoors", "on water", "on land", "on grass", "in snow", "in a forest",
+         "in a street", "at night", "a person", "a hand", "text", "red", "green", "blue", "dark",
+         "bright", "black and white", "a drawing")
+COLUMNS = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")  # of groups.csv
 
-# ---------------------------------------------------------------------------------------------- the method
+# -------------------------------------------------------------------------------------- the method
 
 
 def compared(correct, inside):
     """Is the accuracy inside a group below that outside? correct, inside: (N,) bool.
 
-    Returns (accuracy inside, accuracy outside, one-sided p of Fisher's exact test); NaN and 1 if one side has no image.
+    Returns (accuracy inside, outside, one-sided p of Fisher's exact test); NaN and 1 for an empty
+    side.
     """
     from scipy.stats import fisher_exact
 
-    table = [[int((correct[side] == hit).sum()) for hit in (True, False)] for side in (inside, ~inside)]
+    table = [[int((correct[side] == hit).sum()) for hit in (True, False)]
+             for side in (inside, ~inside)]
     shares = [hits / (hits + misses) if hits + misses else float("nan") for hits, misses in table]
     return *shares, float(fisher_exact(table, "less").pvalue)
 
 
 def found_more(embeddings, inside, texts):
-    """How much more similar to each text the images inside are than those outside, in standard deviations: (M,) array.
+    """How much more similar to each text are the images inside? (M,), in standard deviations.
 
     embeddings: (N, D), texts: (M, D), both of unit length; inside: (N,) bool.
     """
@@ -53,73 +59,92 @@ def found_more(embeddings, inside, texts):
     return difference / np.maximum(similarity.std(0), 1e-9)
 
 
-def groups_of(rows, embeddings, words, texts, args):
-    """A row per pseudo-group, the worst first: class, cluster, images, accuracy, rest (that of the other images of its class),
-    p, words, and the indices of its members."""
+def groups_of(rows, embeddings, labels, words, texts, names):
+    """A dict per pseudo-group, the worst first: COLUMNS, and the indices of its members.
+
+    labels: (N,), the cluster of each row; rest: accuracy of the other images of its class.
+    """
     y = np.array([row["y"] for row in rows])
     correct = np.array([row["prediction"] for row in rows]) == y
-    labels = np.array(cluster.group_clusters(embeddings, args.k, args.k_max, args.min_size, 0))
     found = []
     for c in np.unique(y):
         members = np.flatnonzero(y == c)
         for label in np.unique(labels[members]):
             inside = labels[members] == label
             accuracy, rest, p = compared(correct[members], inside)
-            more = found_more(embeddings[members], inside, texts) if not inside.all() else np.zeros(len(words))
-            best = [i for i in np.argsort(-more)[:3] if more[i] > 0.5]
-            found.append({"class": int(c), "cluster": int(label), "images": int(inside.sum()), "accuracy": round(accuracy, 4),
-                          "rest": round(rest, 4), "p": p, "words": ", ".join(f"{words[i]} ({more[i]:+.1f})" for i in best),
-                          "members": members[inside]})
+            more = np.zeros(len(words))
+            if not inside.all():
+                more = found_more(embeddings[members], inside, texts)
+            best = [f"{words[i]} ({more[i]:+.1f})" for i in np.argsort(-more)[:3] if more[i] > 0.5]
+            found.append({
+                "name": f"{names[int(c)]}, cluster {label}", "class": int(c), "cluster": int(label),
+                "images": int(inside.sum()), "accuracy": round(accuracy, 4),
+                "rest": round(rest, 4), "p": p, "words": ", ".join(best),
+                "members": members[inside]})
     return sorted(found, key=lambda group: group["accuracy"])
 
 
-# ------------------------------------------------------------------------------------------- the predictions
+# --------------------------------------------------------------------------------- the predictions
 
 
-def with_predictions(rows, args):
+def with_predictions(rows, path, data):
     """The rows of DATA that have a prediction, with it as int."""
-    path = args.predictions
     if path.is_dir():
-        path = min(path.glob("seed*/predictions.csv"), key=lambda path: int(path.parent.name[4:]), default=path / "seed0")
+        seeds = path.glob("seed*/predictions.csv")
+        path = min(seeds, key=lambda path: int(path.parent.name[4:]), default=path / "seed0")
     if not path.is_file():
-        raise InputError(path, "not found", "give a csv with file_name and prediction, or a folder of train_classifier.py")
-    predicted = {row["file_name"]: imagefolder.as_label(f"{path}, row {line}", "prediction", row["prediction"])
-                 for line, row in enumerate(imagefolder.read_table(path, ("file_name", "prediction")), 2)}
-    found = [row | {"prediction": predicted[name]} for row in rows
-             for name in (row["file_name"], row["file_name"].removeprefix("images/")) if name in predicted]
+        raise InputError(path, "not found", "give a csv with file_name and prediction, or a folder "
+                         "of train_classifier.py")
+    predicted = {}
+    for line, row in enumerate(imagefolder.read_table(path, ("file_name", "prediction")), 2):
+        where = f"{path}, row {line}"
+        predicted[row["file_name"]] = imagefolder.as_label(where, "prediction", row["prediction"])
+    found = []
+    for row in rows:
+        for name in (row["file_name"], row["file_name"].removeprefix("images/")):
+            if name in predicted:
+                found.append(row | {"prediction": predicted[name]})
     if not found:
-        raise InputError(path, f"names no image of {args.data}", "write file_name as in its metadata.csv")
+        raise InputError(path, f"names no image of {data}", "write file_name as in its metadata.csv")
     if len(found) < len(predicted):
-        print(f"note: {len(predicted) - len(found)} of {len(predicted)} predictions are of images that DATA does not contain")
+        print(f"note: {len(predicted) - len(found)} of {len(predicted)} predictions are of images "
+              "that DATA does not contain")
     return found
 
 
 def with_classifier(rows, args):
-    """The rows of split val and test with the prediction of a network of torchvision, normalised as for ImageNet."""
+    """The rows of val and test with the prediction of a network of torchvision."""
     rows = [row for row in rows if row["split"] != "train"]
-    model = classifiers.whole_network(args.arch, args.weights, 1 + max(row["y"] for row in rows))
-    images = pixels.Pixels(args.data, rows, args.resolution)
+    classes = 1 + max(row["y"] for row in rows)
+    model = classifiers.whole_network(args.arch, args.weights, classes)
+    images, predicted = pixels.Pixels(args.data, rows, args.resolution), []
     with torch.no_grad():
-        predicted = torch.cat([model(classifiers.to_input(images[part], args.resolution)).argmax(1)
-                               for part in torch.arange(len(rows)).split(64)])
-    return [row | {"prediction": int(label)} for row, label in zip(rows, predicted)]
+        for part in torch.arange(len(rows)).split(64):
+            shown = classifiers.to_input(images[part], args.resolution)
+            predicted += model(shown).argmax(1).tolist()
+    return [row | {"prediction": label} for row, label in zip(rows, predicted)]
 
 
-# ------------------------------------------------------------------------------------------------ the script
+# -------------------------------------------------------------------------------------- the script
 
 
 def main(argv=None):
     args = parse(argv)
     stage.begin(args)
     rows = imagefolder.read_metadata(args.data)
-    names = {y: texts[0].removeprefix("a photo of ") for y, texts in imagefolder.class_prompts(rows).items()}
-    rows = with_predictions(rows, args) if args.predictions else with_classifier(rows, args)
+    names = {y: texts[0].removeprefix("a photo of ")
+             for y, texts in imagefolder.class_prompts(rows).items()}
+    if args.predictions:
+        rows = with_predictions(rows, args.predictions, args.data)
+    else:
+        rows = with_classifier(rows, args)
     embeddings = clip.read_embeddings(args.embeddings, rows)
-    texts = clip.Clip(args.clip, compute.accelerator(args.device).device).texts(list(args.words)).numpy()
-    groups = groups_of(rows, embeddings, args.words, texts, args)
-    failing = [group for group in groups if group["p"] < 0.05 / len(groups)]  # Bonferroni: as many tests as groups
-    for group in groups:
-        group["name"] = f"{names[group['class']]}, cluster {group['cluster']}"
+    encoder = clip.Clip(args.clip, compute.accelerator(args.device).device)
+    texts = encoder.texts(list(args.words)).numpy()
+    labels = cluster.group_clusters(embeddings, args.k, args.k_max, args.min_size, 0)
+    groups = groups_of(rows, embeddings, np.array(labels), args.words, texts, names)
+    # Bonferroni: as many tests as groups.
+    failing = [group for group in groups if group["p"] < 0.05 / len(groups)]
     accuracy = sum(row["prediction"] == row["y"] for row in rows) / len(rows)
     dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
     target = f"DATASET={dataset} BIAS={bias}" if dash else f"DATASET={bias}"
@@ -129,54 +154,62 @@ def main(argv=None):
             group["sheet"] = out / f"y{group['class']}-c{group['cluster']}.png"
             save_sheet(group["sheet"], [rows[i] for i in group["members"]], args.data)
         page = environment().get_template("failures.html").render(
-            data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}", groups=[table_row(group) for group in groups],
-            failing=failing, sheets=groups, classifier=args.predictions or args.weights, words=args.words,
+            data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}",
+            groups=[table_row(group) for group in groups], failing=failing, sheets=groups,
+            classifier=args.predictions or args.weights, words=args.words,
             command=f'make {target} RECIPES="erm-free dfr-free clustered-free"')
         (out / "failures.html").write_text(page, encoding="utf-8")
-        columns = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")
-        files.write_csv(out / "groups.csv", [{name: group[name] for name in columns} for group in groups])
+        files.write_csv(out / "groups.csv", [{name: group[name] for name in COLUMNS}
+                                             for group in groups])
         stage.finish(out, args, files.digest(page))
-    print(f"{len(rows)} images, accuracy {accuracy:.3f}; it fails on {len(failing)} of {len(groups)} pseudo-groups")
+    print(f"{len(rows)} images, accuracy {accuracy:.3f}; it fails on {len(failing)} of "
+          f"{len(groups)} pseudo-groups")
     for group in failing:
-        print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, rest of the class "
-              f"{group['rest']:.3f}; more of: {group['words'] or 'none of the words'}")
+        print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, "
+              f"rest of the class {group['rest']:.3f}; more of: "
+              f"{group['words'] or 'none of the words'}")
     print(f"see {args.out / 'failures.html'}")
 
 
 def table_row(group):
-    return {"pseudo-group": group["name"], "images": group["images"], "accuracy": f"{group['accuracy']:.3f}",
-            "rest of its class": f"{group['rest']:.3f}", "p": f"{group['p']:.1e}",
-            "more of (standard deviations)": group["words"]}
+    return {"pseudo-group": group["name"], "images": group["images"],
+            "accuracy": f"{group['accuracy']:.3f}", "rest of its class": f"{group['rest']:.3f}",
+            "p": f"{group['p']:.1e}", "more of (standard deviations)": group["words"]}
 
 
 def save_sheet(path, rows, data):
     """Up to 16 images that the classifier gets wrong, and as many that it gets right."""
-    lines = {"wrong": [row for row in rows if row["prediction"] != row["y"]],
-             "right": [row for row in rows if row["prediction"] == row["y"]]}
-    images = [[imagefolder.load_image(data / row["file_name"], 64) for row in members[::max(1, len(members) // 16)][:16]]
-              for members in lines.values()]
-    imagefolder.contact_sheet(images, [f"{label} ({len(members)})" for label, members in lines.items()]).save(path)
+    lines, labels = [], []
+    for label, right in (("wrong", False), ("right", True)):
+        members = [row for row in rows if (row["prediction"] == row["y"]) == right]
+        chosen = members[::max(1, len(members) // 16)][:16]
+        lines.append([imagefolder.load_image(data / row["file_name"], 64) for row in chosen])
+        labels.append(f"{label} ({len(members)})")
+    imagefolder.contact_sheet(lines, labels).save(path)
 
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    count = stage.number(int, 1)
-    parser.add_argument("--data", type=Path, required=True, help="real images: a prepared dataset folder")
-    parser.add_argument("--embeddings", type=Path, required=True, help="of its images: output folder of data/embed.py")
-    parser.add_argument("--clip", required=True, help="the CLIP model of the embeddings, a folder or hub id")
-    parser.add_argument("--predictions", type=Path, help="csv with file_name and prediction, or folder of train_classifier.py")
-    parser.add_argument("--weights", type=Path, help="instead: .safetensors with the state dict of --arch, for val and test")
-    parser.add_argument("--arch", default="resnet50", help="of --weights: a network of torchvision")
-    parser.add_argument("--resolution", type=count, default=224, help="of --weights: pixels per side")
-    parser.add_argument("--words", nargs="+", default=list(WORDS), help="what CLIP looks for")
-    parser.add_argument("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto by the silhouette")
-    parser.add_argument("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
-    parser.add_argument("--min-size", type=count, default=10, help="smallest number of images in a cluster")
+    count, add = stage.number(int, 1), parser.add_argument
+    add("--data", type=Path, required=True, help="real images: a prepared dataset folder")
+    add("--embeddings", type=Path, required=True, help="of its images: output of data/embed.py")
+    add("--clip", required=True, help="the CLIP model of the embeddings, a folder or hub id")
+    add("--predictions", type=Path, help="csv with file_name and prediction, or folder of "
+        "train_classifier.py")
+    add("--weights", type=Path, help="instead: .safetensors with the state dict of --arch, for val "
+        "and test")
+    add("--arch", default="resnet50", help="of --weights: a network of torchvision")
+    add("--resolution", type=count, default=224, help="of --weights: pixels per side")
+    add("--words", nargs="+", default=list(WORDS), help="what CLIP looks for")
+    add("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto")
+    add("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
+    add("--min-size", type=count, default=10, help="smallest number of images in a cluster")
     compute.add_flags(parser, precision=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     if bool(args.predictions) == bool(args.weights):
-        raise InputError("--predictions, --weights", "one of them is needed", "give predictions, or weights and --arch")
+        raise InputError("--predictions, --weights", "one of them is needed",
+                         "give predictions, or weights and --arch")
     return args
 
 

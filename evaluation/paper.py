@@ -9,7 +9,7 @@ dreambooth; the first is the original bias, the last the severe one. Writes OUT/
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 from common import files, stage
 from evaluation import figures
 
@@ -23,7 +23,8 @@ PAPER = {  # Basu et al., AAAI 2026: worst-group / average-group accuracy in per
     "groupdro": ("91.4 / 93.5", "23.5 / 65.5", "88.9 / 92.9", "27.2 / 75.2", "81.6 / 85.9", "30.5 / 50.3"),
     "self": ("93.0 / 94.0", "25.5 / 64.2", "83.9 / 91.1", "45.6 / 95.4", "65.9 / 82.3", "0.6 / 50.5"),
 }
-COLUMNS = [f"{data}, paper{bias}" for data in ("Waterbirds", "CelebA", "UTKFace") for bias in ("", " at 0.999")]
+COLUMNS = [f"{data}, paper{bias}" for data in ("Waterbirds", "CelebA", "UTKFace")
+           for bias in ("", " at 0.999")]
 CLAIMS = [  # (the claim, recipe, reference, at which bias, what would confirm it)
     ("fine-tuned models beat the base model", "lora", "vanilla", "each", "better"),
     ("fine-tuned models beat the base model", "dreambooth", "vanilla", "each", "better"),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 from common import files, stage
 from evaluation import figures
 

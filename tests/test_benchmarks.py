@@ -9,7 +9,7 @@ import pytest
 from conftest import make, new_house, run, slow
 from PIL import Image, ImageDraw
 
-from common import files, imagefolder
+from common import files, imagefolder, made
 
 GROUPS = {(0, 0): 24, (0, 1): 6, (1, 0): 6, (1, 1): 24}
 
@@ -455,9 +455,9 @@ def test_an_edit_behind_a_link_in_the_download_is_noticed(tmp_path):
     root = celeba(tmp_path / "c")
     (root / IMAGES).rename(tmp_path / "disk")
     (root / IMAGES).symlink_to(tmp_path / "disk")
-    before = files.listing(root)
+    before = made.listing(root)
     (tmp_path / "disk" / IMAGES / "000001.jpg").write_bytes(b"edited")
-    assert files.listing(root) != before
+    assert made.listing(root) != before
 
 
 def test_an_edited_download_is_prepared_again_and_an_unchanged_one_kept(tmp_path):

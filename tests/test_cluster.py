@@ -90,7 +90,9 @@ def test_a_log_ends_with_done_or_with_the_error_and_status_shows_it(dataset, emb
         process.communicate()
         lines = (run_folder / "logs" / f"{out}.log").read_text().splitlines()
         assert process.returncode == status and f"--out {run_folder / out}" in lines[0] and lines[-1].startswith(last)
-    status = (sys.executable, ROOT / "common" / "make.py", "status", run_folder / "clusters", run_folder / "modes")
+    plan = [f"{run_folder / name} cluster.py" for name in ("clusters", "modes")]
+    goals = f"{run_folder / 'clusters'} {run_folder / 'modes'}"
+    status = (sys.executable, ROOT / "tools" / "make.py", "status", goals, *plan)
     shown = subprocess.run(status, capture_output=True, text=True, env=logs).stdout.splitlines()
     assert shown[0].endswith(" done")
     assert "failed: cluster.py: error: " in shown[1] and shown[1].endswith(f"({run_folder}/logs/modes.log)")

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import files_of, run
+from conftest import files_of, run, together
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
