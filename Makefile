@@ -128,7 +128,7 @@ STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
 	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS)' $(PLAN))
-dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))) # make -n
+dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 
 # ---- what you type ------------------------------------------------------------------------------
 .DEFAULT_GOAL := all

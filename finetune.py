@@ -240,8 +240,9 @@ def main(argv=None):
     pixels.check(args.data, drawn)  # now, not after hours of training
     failures = []
     if todo:
+        base = Base(args.base, compute.accelerator(args.device, args.precision))
         stage.start(args, {unit.name: 1 for unit in units})
-        failures = train_units(compute.share(todo), base_digest, args)
+        failures = train_units(base, compute.share(todo), base_digest, args)
     status = stage.outcome(failures)
     if compute.FIRST and not status:
         publish(units, base_digest, args)
@@ -319,10 +320,9 @@ def parse(argv=None):
     return args
 
 
-def train_units(units, base_digest, args):
+def train_units(base, units, base_digest, args):
     """Trains and publishes units, one after the other. Returns a line for each that failed."""
     failures = []
-    base = Base(args.base, compute.accelerator(args.device, args.precision)) if units else None
     for unit in units:
         begin = time.monotonic()
         base.reset(args.method)
@@ -365,8 +365,8 @@ def publish(units, base_digest, args):
             suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
             a = None if args.per == "dataset" and not args.learn_identifiers else row["a"]
             if (row["y"], a) in merged:
-                a = merged[row["y"], a]
                 suffix = f"-c{a}"
+                a = merged[row["y"], a]
             draw = draws.setdefault((unit.name, row["y"], template), {
                 "unit": unit.name, "key": unit.key, "y": row["y"], "a": a, "suffix": suffix,
                 "prompt": template, "images": 0})

@@ -3,13 +3,13 @@
     python base/pretrain.py --out base/miniature
     python base/pretrain.py --vae-steps 2 --clip-steps 2 --unet-steps 2 --out /tmp/base     (seconds; a smoke test)
 
-They learn *printed* digits, in the fonts that matplotlib ships, on backgrounds of eight colours, with captions at
-several levels (which digit, odd or even, which colour), and never see handwriting: they relate to our handwritten digits
-as a model trained on images from the web relates to Waterbirds.
+They learn *printed* digits, in the fonts that matplotlib ships, on backgrounds of eight colours,
+with captions at several levels (which digit, odd or even, which colour), and never see handwriting:
+they relate to our handwritten digits as a model of images from the web relates to Waterbirds.
 
-Writes OUT in the layout of diffusers (`StableDiffusionPipeline.from_pretrained(OUT)`), with the CLIP in OUT/clip
-(`CLIPModel.from_pretrained(OUT/clip)`), and two sheets to look at: OUT/printed.png (training images)
-and OUT/samples.png (images of the model).
+Writes OUT in the layout of diffusers (`StableDiffusionPipeline.from_pretrained(OUT)`), with the
+CLIP in OUT/clip (`CLIPModel.from_pretrained(OUT/clip)`), and two sheets to look at: OUT/printed.png
+(training images) and OUT/samples.png (images of the model).
 """
 
 import json
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which this script is run from anywhere
-from common import files, imagefolder, models, stage
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+from common import files, imagefolder, made, models, stage
 
 np = stage.lazy("numpy")
 torch = stage.lazy("torch")

@@ -105,7 +105,8 @@ def with_predictions(rows, path, data):
             if name in predicted:
                 found.append(row | {"prediction": predicted[name]})
     if not found:
-        raise InputError(path, f"names no image of {data}", "write file_name as in its metadata.csv")
+        raise InputError(path, f"names no image of {data}",
+                         "write file_name as in its metadata.csv")
     if len(found) < len(predicted):
         print(f"note: {len(predicted) - len(found)} of {len(predicted)} predictions are of images "
               "that DATA does not contain")

@@ -1,15 +1,14 @@
-"""evaluation/bench.py: a table of speeds."""
+"""tools/bench.py: a table of speeds."""
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run, slow
 
-from common import files, imagefolder
-from evaluation import bench
-from evaluation.bench import Measured
+from common import files
+from tools import bench
+from tools.bench import Measured
 
 
 @pytest.fixture
@@ -20,82 +19,55 @@ def own_environment(monkeypatch):
 
 
 @slow
-def test_a_row_is_measured_and_one_without_its_peer_is_skipped_and_earlier_rows_stay(own_environment, tmp_path):
+def test_a_row_is_measured_and_one_without_its_peer_is_skipped_and_earlier_rows_stay(
+        own_environment, tmp_path):
     out = tmp_path / "bench"
-    found = [(Measured(1, 1, ""), None)]
-    earlier = bench.entry(SimpleNamespace(threads=8, machine="another"), "nothing", "earlier", "", found)
+    earlier = bench.entry("nothing", "earlier", [(Measured(1, 1), None)], 1, 8)
     out.mkdir()
     (out / ".stage").write_text("{}")
     files.write_csv(out / "bench.csv", [earlier])
-    text = run("evaluation/bench.py", "--trial", "--repeats", 1, "--threads", 1, "--rows", "lora", "last-layer",
-               "--out", out)
-    assert "lora: skipped, --peers holds no diffusers/train_dreambooth_lora.py (get it from https://github.com" in text
-    row, old = files.read_csv(out / "bench.csv")
-    assert (row["row"], old) == ("last-layer", {name: str(value) for name, value in earlier.items()})
-    assert 0 < float(row["seconds"]) < 60 and 0 < float(row["peer_seconds"]) < 60
-    assert float(row["ratio"]) == pytest.approx(float(row["peer_seconds"]) / float(row["seconds"]), rel=0.02)
+    text = run("tools/bench.py", "--trial", "--repeats", 1, "--threads", 1, "--rows", "lora",
+               "generation", "--out", out)
+    assert "lora: skipped, --peers holds no train_dreambooth_lora.py" in text
+    old, row = files.read_csv(out / "bench.csv")
+    assert row["row"] == "generation"
+    assert old == {name: str(value) for name, value in earlier.items()}
+    seconds, peer = float(row["seconds"]), float(row["peer_seconds"])
+    assert 0 < seconds < 60 and 0 < peer < 60
+    assert float(row["ratio"]) == pytest.approx(peer / seconds, rel=0.02)
     assert 200 < int(row["peak_mb"]) < 4000 and 200 < int(row["peer_peak_mb"]) < 4000
-    table = (out / "bench.md").read_text()
-    assert f"| {row['seconds']} | {row['peer_seconds']} | {row['ratio']} [" in table
-    assert "- another; 8 threads, 1 repeats: nothing" in table
+    assert f"| {row['seconds']} | {row['peer_seconds']} |" in (out / "bench.md").read_text()
     assert {path.name for path in out.iterdir()} == {".stage", "bench.csv", "bench.md", "config.json"}
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_each_turn():
-    found = [(Measured(ours, mb, ""), Measured(peer, 2 * mb, "")) for ours, peer, mb in ((1, 3, 10), (2, 8, 30), (4, 4, 20))]
-    row = bench.entry(SimpleNamespace(threads=2, machine="m"), "lora", "what", "2 x", found)
+    turns = ((1, 3, 10), (2, 8, 30), (4, 4, 20))
+    found = [(Measured(ours, mb), Measured(peer, 2 * mb)) for ours, peer, mb in turns]
+    row = bench.entry("lora", "what", found, 3, 2)
     assert [row[name] for name in ("ratio", "lowest", "highest")] == ["3.00", "1.00", "4.00"]
-    assert [row[name] for name in ("seconds", "peer_seconds", "peak_mb", "peer_peak_mb")] == ["2", "4", 30, 60]
+    assert [row[name] for name in ("seconds", "peer_seconds", "peak_mb", "peer_peak_mb")] == [
+        "2", "4", 30, 60]
 
 
 def test_memory_is_that_of_the_process_and_a_failed_one_is_a_one_line_error():
-    """In a process of its own: a child would begin with the peak of this one, which has imported torch."""
-    code = ("import sys\nfrom evaluation import bench\n"
+    """In a process of its own: a child begins with the peak of this one, which imported torch."""
+    code = ("import sys\nfrom tools import bench\n"
             "for size in (1, 300):\n"
             "    work = f'import time; x = b\"x\" * {size} * 2**20; time.sleep(0.2)'\n"
             "    found = bench.measured(sys.executable, '-c', work)\n"
             "    print(found.mb, found.seconds)\n"
             "try:\n    bench.measured(sys.executable, '-c', 'int(\"seven\")')\n"
             "except bench.InputError as error:\n    print(error)")
-    lines = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
     (small, seconds), (large, _) = (map(float, line.split()) for line in lines[:2])
     assert 300 < large < 320 and small < 60 and seconds > 0.2
-    assert "failed: ValueError: invalid literal for int() with base 10: 'seven' (run this command by hand)" in lines[2]
-
-
-def test_cost_against_size_is_measured_at_ten_times_the_size_and_fitted_by_a_line(monkeypatch, tmp_path):
-    def ours(args, script, *flags):
-        """Takes 1 second and half a second for each unit or image."""
-        value = dict(zip(flags, flags[1:]))
-        rows = imagefolder.read_metadata(value["--data"], "train")
-        count = {"finetune.py": len({(imagefolder.group_of(row), row.get("cluster")) for row in rows}),
-                 "generate.py": 4 * value.get("--images", 0), "train_classifier.py": len(rows)}[script]
-        return Measured(1 + count / 2, 100, "")
-
-    monkeypatch.setattr(bench, "ours", ours)
-    assert bench.size(SimpleNamespace(work=tmp_path, out=tmp_path, **bench.TRIAL), None) == []
-    rows = files.read_csv(tmp_path / "size.csv")
-    for what, least in (("units of finetune.py", 1), ("images of generate.py", 4),
-                        ("training images of train_classifier.py", 20)):
-        mine = [row for row in rows if row["what"] == what]
-        assert [int(row["size"]) for row in mine] == [least, 2 * least, 5 * least, 10 * least]
-        assert [float(row["seconds"]) for row in mine] == [1 + int(row["size"]) / 2 for row in mine]
-        assert {(row["seconds_at_0"], row["seconds_each"], row["r2"]) for row in mine} == {("1.000", "0.500000", "1.00000")}
-    assert (tmp_path / "size.png").stat().st_size > 5000
-
-
-def test_units_have_as_many_images_as_full_batches_take_and_share_none(tmp_path):
-    args = SimpleNamespace(work=tmp_path)
-    data = bench.units_of(args, 12, 80)
-    rows = imagefolder.read_metadata(data)
-    folders = bench.flat_folders(args, data)
-    assert len(rows) == len({row["file_name"] for row in rows}) == 960
-    assert [len(list(folder.iterdir())) for folder, _ in folders] == [80] * 12
-    assert sorted(path.name for folder, _ in folders for path in folder.iterdir()) == sorted(
-        row["file_name"].split("/")[1] for row in rows)
+    assert "failed: ValueError: invalid literal for int() with base 10: 'seven' (run" in lines[2]
 
 
 def test_an_unknown_row_and_a_missing_folder_of_peers_are_one_line_errors(tmp_path):
-    run("evaluation/bench.py", "--rows", "lore", "--out", tmp_path / "b", fails="argument --rows: invalid choice: 'lore'")
-    run("evaluation/bench.py", "--peers", tmp_path / "none", "--out", tmp_path / "b", fails="none: is not a folder (get the")
+    run("tools/bench.py", "--rows", "lore", "--out", tmp_path / "b",
+        fails="argument --rows: invalid choice: 'lore'")
+    run("tools/bench.py", "--peers", tmp_path / "none", "--out", tmp_path / "b",
+        fails="none: is not a folder (get the")
     assert not (tmp_path / "b").exists()
