@@ -109,7 +109,10 @@ $(foreach seed,$(MODEL_SEEDS), \
 $(call rule,$(RUN)/results,$(evaluate))
 $(if $(DRAWN),$(call rule,$(RUN)/images,$(measure)))
 $(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
+$(call rule,$(RUN)/ablations/synthetic,$(measure))
 $(call rule,$(RUN)/failures,$(failures))
+ablations: $(foreach a,$(ABLATIONS) synthetic,$(RUN)/ablations/$a/config.json)
+failures: $(RUN)/failures/config.json
 $(DATA)/config.json: data/$(LOADER).py | $(RUN)/.checked
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here

@@ -126,9 +126,8 @@ def _states(path, names):
 
 
 def outside(path):
-    """The state of an input that no stage made: see listing(); None for what a stage made."""
-    config = files.read_json(Path(path) / "config.json")
-    return None if "key" in config or (Path(path) / ".stage").is_file() else listing(path)
+    """The state of an input, see listing(); None in data/ and runs/: these have records."""
+    return None if Path(path).parts[:1] in (("data",), ("runs",)) else listing(path)
 
 
 def listing(path):

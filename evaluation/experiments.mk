@@ -32,14 +32,13 @@ dfr-synthetic.recipe    = two-stage-dfr --val synthetic
 PREDICTIONS ?= $(RUN)/classifiers/erm
 failures     = evaluation/failures.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
                --predictions $(PREDICTIONS) $(FAILURES)
-failures: $(RUN)/failures/config.json
 
 # ---- several runs -------------------------------------------------------------------------------
 sweep:
 	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) \
 	  $(RUN)/results/config.json &&) true
-	$(PY) evaluation/sweep.py --results $(foreach BIAS,$(BIASES),$(RUN)/results) \
-	  --out runs/$(DATASET)-sweep
+	$(PY) evaluation/sweep.py $(call results_of,$(BIASES)) --out runs/$(DATASET)-sweep
+results_of = --results $(foreach BIAS,$1,$(RUN)/results)
 
 # The paper's recipes and ours at two biases, with five classifier seeds and three of everything
 # before; at the severe one also rare groups that are drawn by the models of common ones.
@@ -52,8 +51,7 @@ paper:
 	  RECIPES="$(PAPER_RECIPES) $(if $(filter $(lastword $(PAPER_BIASES)),$(BIAS)),$(PAPER_SEVERE))" \
 	  SEEDS="0 1 2 3 4" MODEL_SEEDS="$(PAPER_SEEDS)" \
 	  REFERENCES="erm groupdro vanilla dreambooth" &&) true
-	$(PY) evaluation/paper.py --results $(foreach BIAS,$(PAPER_BIASES),$(RUN)/results) \
-	  --out runs/$(DATASET)-paper
+	$(PY) evaluation/paper.py $(call results_of,$(PAPER_BIASES)) --out runs/$(DATASET)-paper
 
 # ---- make ablate: recipes that differ in one setting; a table and a figure for each setting -----
 ABLATIONS        ?= clusters filter beta images second-stage prior rare
@@ -81,7 +79,6 @@ $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1
 clustered-random.generate   = --keep 1
-ablations: $(ABLATIONS:%=$(RUN)/ablations/%/config.json) $(RUN)/images/config.json
 ablate:
 	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes ablations \
 	  RECIPES='$(sort $(foreach a,$(ABLATIONS),$($a.of)))'
