@@ -1,6 +1,5 @@
-# Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings, and
-# `make -n` shows what would run.
-# ---- settings: the command line wins over data/<dataset>.mk, which wins over these -------------
+# Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings.
+# ---- settings: the command line wins over data/<dataset>.mk, which wins over these --------------
 DATASET      ?= digits
 -include data/$(DATASET).mk
 LOADER       ?= $(DATASET)
@@ -20,8 +19,6 @@ KEEP_WEIGHTS ?= yes
 CACHE        ?= yes
 LAUNCH       ?=
 PYTHON       ?= python3
-# Further flags of a stage: PREPARE PRETRAIN EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL
-# GENERATE CLASSIFIER.
 
 # ---- generative methods: what is fine-tuned on which images; a new method is one line -----------
 lora.finetune           = --method lora       --per group   --data $(DATA) $(LORA)
@@ -34,17 +31,16 @@ compositional.finetune  = --method dreambooth --per dataset --data $(RUN)/modes 
 prior                   = --prior $(RUN)/synthetic/vanilla
 clusters.cluster        = --k $(K)
 modes.cluster           = --within class --k $(MODES)
-MAIN_METHODS  := vanilla $(sort $(basename $(filter %.finetune,$(.VARIABLES))))
+named         = $(sort $(basename $(filter $1,$(.VARIABLES))))
 include evaluation/experiments.mk
-METHODS       := vanilla $(sort $(basename $(filter %.finetune %.generate,$(.VARIABLES))))
-OTHER_RECIPES := $(sort $(basename $(filter %.recipe %.images,$(.VARIABLES))))
+METHODS      := vanilla $(call named,%.finetune %.generate)
+MORE_RECIPES := $(call named,%.recipe %.images)
 
-# tools/make.py validates the settings and gives each its one form: BIAS=.950 is 0.95. In what it
-# prints, | stands for a blank.
+# tools/make.py validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
 quoted   = '$(subst ','\'',$1)'
 SETTLED := $(shell $(PYTHON) tools/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
   DATASET BIAS BIASES RECIPES SEEDS MODEL_SEEDS KEEP_WEIGHTS CACHE MAKECMDGOALS METHODS \
-  MAIN_METHODS OTHER_RECIPES,$(call quoted,$s=$($s))))
+  MORE_RECIPES,$(call quoted,$s=$($s))))
 $(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),tools/make.py failed)))
 $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
 
@@ -57,7 +53,8 @@ EMBEDDED = runs/$(DATASET)-$(BIAS)/embeddings
 CACHED   = $(if $(filter no,$(CACHE)),--no-cache)
 prepare  = data/prepare.py $(LOADER) --bias $(BIAS) $(if $(ROOT),--root "$(ROOT)") $(PREPARE)
 embed    = data/embed.py --data $(DATA) --clip "$(CLIP)" $(CACHED) $(EMBED)
-cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) --seed $(seed) $(CLUSTER) $($1.cluster)
+cluster  = cluster.py --data $(DATA) --embeddings $(EMBEDDED) --seed $(seed) $(CLUSTER) \
+  $($1.cluster)
 finetune = finetune.py --base "$(BASE)" --seed $(seed) $($1.finetune)
 generate = generate.py --base "$(BASE)" --clip "$(CLIP)" --data $(DATA) --embeddings $(EMBEDDED) \
   --images $(IMAGES) --seed $(seed) $(GENERATE) $($1.generate) $(if $(models), \
@@ -70,63 +67,59 @@ evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifier
 measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of
-# each (filled+lora). A method without models of its own (clustered-k3 has, clustered-alpha0 has
-# not) draws with those of the method before its first dash, if there are any.
+# each (filled+lora). A method without models of its own, clustered-alpha0, draws with clustered's.
 method  = $(or $(filter $(METHODS),$(subst +, ,$1)),$($1.images))
 recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
 models  = $(firstword $(foreach m,$1 $(firstword $(subst -, ,$1)),$(if $($m.finetune),$m)))
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
-# The classifiers of recipes; those that need no images are trained in the first run alone.
+GOALS   = $(RUN)/results $(if $(DRAWN),$(RUN)/images)
+# Those of recipes, in the runs of all model seeds, or in the first alone if they need no images.
 classifiers = $(foreach seed,$(MODEL_SEEDS),$(foreach r,$1,$(if $(call method,$r)$(filter \
   $(seed),$(firstword $(MODEL_SEEDS))),$(RUN)/classifiers/$r)))
-
 # ---- the stages ---------------------------------------------------------------------------------
-# $(call stage,FOLDER,COMMAND) is the rule that makes a folder. It is made again when the script,
-# common/ or a folder among the command's flags is newer, or when it is stale: common/made.py.
-# PLAN lists all folders with their commands, for tools/make.py.
+# $(call rule,FOLDER,COMMAND) defines how a folder is made. It is made again when the script, shared
+# code or a folder among the command's flags is newer, or when it is STALE (common/made.py). PLAN
+# lists all folders with their commands, for tools/make.py.
 define stage
 PLAN += $(subst $(hash),\$(hash),$(call quoted,$1 $(call once,$2)))
 $1/config.json: export LOGS = $(RUN)/logs
-$1/config.json: $(firstword $2) $(wildcard common/*.py baselines/*.py) base/training.py \
+$1/config.json: $(firstword $2) $(SHARED) \
   $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$2))
 	$$(RUNNER) $(call once,$2) --out $1
 
 endef
+rule    = $(eval $(call stage,$1,$2))
 once    = $(subst $$,$$$$,$(strip $1))
 hash   := \#
-rule    = $(eval $(call stage,$1,$2))
-# Launchers of accelerate and torch start Python by themselves; any other stands before it.
+SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classifiers/*.py))
 RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
-
+export PATH := $(CURDIR)/.venv/bin:$(PATH) # of accelerate, which starts Python by itself
 $(call rule,$(DATA),$(prepare))
 $(call rule,$(EMBEDDED),$(embed))
 $(foreach seed,$(MODEL_SEEDS), \
-  $(foreach c,$(basename $(filter %.cluster,$(.VARIABLES))),$(call rule,$(RUN)/$c,$(call cluster,$c))) \
+  $(foreach c,$(call named,%.cluster),$(call rule,$(RUN)/$c,$(call cluster,$c))) \
   $(foreach m,$(METHODS),$(if $($m.finetune),$(call rule,$(RUN)/models/$m,$(call finetune,$m)))) \
   $(foreach m,$(METHODS),$(call rule,$(RUN)/synthetic/$m,$(call generate,$m))) \
   $(foreach r,$(RECIPES),$(call rule,$(RUN)/classifiers/$r,$(call classify,$r))))
 $(call rule,$(RUN)/results,$(evaluate))
-$(if $(DRAWN),$(call rule,$(RUN)/images,$(measure)))
+$(foreach folder,images ablations/synthetic,$(call rule,$(RUN)/$(folder),$(measure)))
 $(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
-$(call rule,$(RUN)/ablations/synthetic,$(measure))
 $(call rule,$(RUN)/failures,$(failures))
-ablations: $(foreach a,$(ABLATIONS) synthetic,$(RUN)/ablations/$a/config.json)
-failures: $(RUN)/failures/config.json
 $(DATA)/config.json: data/$(LOADER).py | $(RUN)/.checked
 $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
-$(RUN)/failures/config.json: evaluation/failures.html evaluation/page.html
-$(RUN)/results/report.html: $(wildcard evaluation/report.* evaluation/page.html \
-  $(RUN)/ablations/*/config.json) $(RUN)/results/config.json $(if $(DRAWN),$(RUN)/images/config.json)
+$(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
+  $(RUN)/ablations/*/config.json) $(GOALS:%=%/config.json)
 	$(RUNNER) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
+results: $(RUN)/results/config.json
+ablations: $(foreach a,$(ABLATIONS) synthetic,$(RUN)/ablations/$a/config.json)
+failures: $(RUN)/failures/config.json
 # Dropped weights are trained again only when they are needed.
 .SECONDARY: $(foreach seed,$(MODEL_SEEDS),$(METHODS:%=$(RUN)/models/%/config.json))
 $(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(call models,$m)), \
   $(error KEEP_WEIGHTS=no: $m needs the weights of $(call models,$m), use KEEP_WEIGHTS=yes))))
 
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours.
-GOALS  = $(RUN)/results $(if $(DRAWN),$(RUN)/images)
 STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked '$(GOALS)' $(PLAN))
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
@@ -139,18 +132,17 @@ all: $(RUN)/results/report.html
 	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md))
 	$(if $(dry),,@echo "Report: $<")
 test torture test-slurm: .venv/installed
-	$(if $(filter torture,$@),TORTURE=1) $(if $(filter test-slurm,$@),TEST_SLURM=1) \
-	  OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations 15 \
-	  $(if $(filter test-slurm,$@),-s -rs tests/test_slurm.py,-n auto --dist loadfile tests)
-status:
-	@LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
+	$(if $(filter torture,$@),TORTURE=1) $(if $(filter test-slurm,$@),TEST_SLURM=1) OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -q --durations 15 -n auto --dist loadfile $(if $(filter test-slurm,$@),-s \
+	  tests/test_slurm.py,tests)
+status: ; @LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
 help:
-	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' \
-	  Makefile),$(call quoted,$s=$($s)))
+	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
+	  $(call quoted,$s=$($s)))
 clean: ; rm -rf $(RUN)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt && touch $@
-.PHONY: all base bench sweep paper ablate dryrun failures test torture test-slurm status help \
-  clean FORCE
+.PHONY: all results base bench sweep paper ablate dryrun failures test torture test-slurm status \
+  help clean FORCE
 .DELETE_ON_ERROR:

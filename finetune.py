@@ -17,7 +17,7 @@ mostly from the common groups, the attribute from the prompt, and a rare group c
 every mode of its class.
 
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the images
-of vanilla. Writes OUT/<unit>/ with the weights (see common/weights.py), loss.csv, a model card and
+of vanilla. Writes OUT/<unit>/ with the weights (see base/weights.py), loss.csv, a model card and
 config.json; last OUT/config.json.
 """
 
@@ -27,9 +27,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from base import training
+from base import cards, training, weights
 from base.training import Base, Checkpoint, Images
-from common import cards, compute, files, imagefolder, made, models, pixels, stage, weights
+from common import compute, files, imagefolder, made, models, pixels, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import cards, clip, compute, files, imagefolder, made, models, stage, weights
+from base import cards, weights
+from common import clip, compute, files, imagefolder, made, models, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")

@@ -25,9 +25,9 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-from baselines import last_layer
-from common import classifiers, compute, files, imagefolder, made, pixels, stage
-from common.classifiers import Images, features_of, predict
+from classifiers import last_layer, network
+from classifiers.network import Images, features_of, predict
+from common import compute, files, imagefolder, made, pixels, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")
@@ -168,7 +168,7 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
     optimizer = torch.optim.SGD(learning.parameters(), rate, momentum=0.9,
                                 weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    view = classifiers.random_crops if args.augment == "crop-flip" else classifiers.to_input
+    view = network.random_crops if args.augment == "crop-flip" else network.to_input
     loss_of, best, kept, history = getattr(losses, phase.loss), -1.0, None, []
     for epoch in range(epochs):
         model.train(not frozen)
@@ -176,7 +176,7 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
         rng = torch.Generator().manual_seed(stage.seed_of(seed, phase, epoch))
         torch.manual_seed(stage.seed_of(seed, phase, epoch, "crops"))
         batches = images.batches(phase.drawn, args.batch, rng, args.jtt_upsampling)
-        seen = (classifiers.on_device(images.pixels, batches, device) if not frozen
+        seen = (network.on_device(images.pixels, batches, device) if not frozen
                 else (features[batch] for batch in batches))
         for batch, shown in zip(batches, seen):
             embedded = None
@@ -221,7 +221,7 @@ def train(phases, images, val, groups, classes, accelerator, args, seed, log):
     for phase in phases:
         if phase is phases[0] or phase.drawn == "errors upsampled":  # JTT's second model is new
             torch.manual_seed(stage.seed_of(seed))  # the same initial weights for every recipe
-            model = classifiers.new_classifier(args.arch, args.weights, classes)
+            model = network.new_classifier(args.arch, args.weights, classes)
             model.to(accelerator.device, memory_format=torch.channels_last)
         if phase.images == "val":
             refit = getattr(last_layer, phase.loss)
@@ -266,7 +266,7 @@ def main(argv=None):
     if args.groups or args.val == "synthetic":
         digests["groups"] = files.digest(known["train"],
                                          imagefolder.digest(chosen_on, known["val"]))
-    code = made.code_digest(__file__, classifiers.__file__, last_layer.__file__, pixels.Pixels,
+    code = made.code_digest(__file__, network.__file__, last_layer.__file__, pixels.Pixels,
                             imagefolder.load_image, stage.seed_of)
     key = files.digest(made.settings_of(args, "seeds", "groups"), digests,
                        files.model_digest(args.weights), code)
@@ -283,7 +283,7 @@ def main(argv=None):
             images[name] = images["real"].joined(images["synthetic"], name == "filled")
         val = images_of(chosen_on, known["val"])
         tested = [images_of(args.data, rows[split], None) for split in ("val", "test")]
-        classifiers.check_network(args.arch, args.weights, classes, args.resolution)
+        network.check_network(args.arch, args.weights, classes, args.resolution)
         stage.start(args, {f"seed{seed}": 1 for seed in args.seeds})
         accelerator = compute.accelerator(args.device, args.precision)
     for seed in compute.share(todo):
@@ -380,7 +380,7 @@ def check(args):
     if args.load_size < args.resolution:
         raise InputError("--load-size", f"{args.load_size} is smaller than the resolution",
                          "use at least the resolution")
-    classifiers.check_name(args.arch)
+    network.check_name(args.arch)
     if args.arch == "cnn" and args.weights != "none":
         raise InputError("--weights", "the cnn has no pretrained weights",
                          "use --arch resnet50, for example")

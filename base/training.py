@@ -3,7 +3,8 @@
 import functools
 import warnings
 
-from common import files, imagefolder, models, stage, weights
+from base import weights
+from common import files, imagefolder, models, stage
 from common.pixels import ahead
 
 torch = stage.lazy("torch")

@@ -3,14 +3,10 @@
 ffr.images          = vanilla
 ffr-groupdro.images = vanilla
 sage.images         = tokens
-beta1.recipe        = two-stage --beta 1
-beta0.9.recipe      = two-stage --beta 0.9
-beta0.1.recipe      = two-stage --beta 0.1
-
+$(foreach beta,1 0.9 0.1,$(eval beta$(beta).recipe = two-stage --beta $(beta)))
 # ---- without attribute labels: groups are the pseudo-groups of cluster.py, DATA's only test -----
-# sage (Luo et al. 2026) and tokens use images of one LoRA with a learned word for each
-# pseudo-group, one-free those of one DreamBooth, clustered-free those of a DreamBooth for each
-# pseudo-group, vanilla-free those of the base model.
+# tokens (of sage, Luo et al. 2026): one LoRA with a learned word for each pseudo-group; one-free:
+# one DreamBooth; clustered-free: a DreamBooth for each pseudo-group; vanilla-free: the base model.
 PSEUDO ?= --within dataset
 TOKENS ?= --steps 300 --balance 0.25 --merge-above 0.85
 ON_PSEUDO = vanilla-free tokens one-free clustered-free
@@ -27,30 +23,26 @@ $(foreach r,erm jtt groupdro dfr,$(eval $r-free.recipe = $r --groups $$(RUN)/pse
 sage.recipe             = sage --val synthetic
 dfr-synthetic.recipe    = two-stage-dfr --val synthetic
 
-# ---- what is wrong with a classifier: PREDICTIONS is a csv with file_name and prediction, or a
-# folder of train_classifier.py -------------------------------------------------------------------
+# ---- where a classifier fails: by a csv with file_name and prediction, or a classifiers' folder --
 PREDICTIONS ?= $(RUN)/classifiers/erm
 failures     = evaluation/failures.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
                --predictions $(PREDICTIONS) $(FAILURES)
-
 # ---- several runs -------------------------------------------------------------------------------
-sweep:
-	+@$(foreach BIAS,$(BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) \
-	  $(RUN)/results/config.json &&) true
-	$(PY) evaluation/sweep.py $(call results_of,$(BIASES)) --out runs/$(DATASET)-sweep
+each_bias  = +@$(foreach BIAS,$1,$(MAKE) --no-print-directory BIAS=$(BIAS) $2 &&) true
 results_of = --results $(foreach BIAS,$1,$(RUN)/results)
-
-# The paper's recipes and ours at two biases, with five classifier seeds and three of everything
-# before; at the severe one also rare groups that are drawn by the models of common ones.
+sweep:
+	$(call each_bias,$(BIASES),results)
+	$(PY) evaluation/sweep.py $(call results_of,$(BIASES)) --out runs/$(DATASET)-sweep
+# At the severe bias also rare groups that are drawn by the models of common ones.
 PAPER_BIASES  ?= 0.95 0.99
 PAPER_RECIPES ?= erm groupdro self dfr ffr vanilla lora dreambooth clustered compositional
 PAPER_SEEDS   ?= 0 1 2
 PAPER_SEVERE  ?= dreambooth-transfer clustered-transfer
+PAPER          = SEEDS="0 1 2 3 4" MODEL_SEEDS="$(PAPER_SEEDS)" \
+                 REFERENCES="erm groupdro vanilla dreambooth" RECIPES="$(PAPER_RECIPES) $1"
 paper:
-	+@$(foreach BIAS,$(PAPER_BIASES),$(MAKE) --no-print-directory BIAS=$(BIAS) \
-	  RECIPES="$(PAPER_RECIPES) $(if $(filter $(lastword $(PAPER_BIASES)),$(BIAS)),$(PAPER_SEVERE))" \
-	  SEEDS="0 1 2 3 4" MODEL_SEEDS="$(PAPER_SEEDS)" \
-	  REFERENCES="erm groupdro vanilla dreambooth" &&) true
+	$(call each_bias,$(PAPER_BIASES),$(call PAPER))
+	$(call each_bias,$(lastword $(PAPER_BIASES)),$(call PAPER,$(PAPER_SEVERE)))
 	$(PY) evaluation/paper.py $(call results_of,$(PAPER_BIASES)) --out runs/$(DATASET)-paper
 
 # ---- make ablate: recipes that differ in one setting; a table and a figure for each setting -----
@@ -65,10 +57,7 @@ rare.of           = $(foreach m,lora dreambooth clustered,$m-own $m-transfer)
 ablation          = evaluate.py --data $(DATA) --keep-order --references clustered \
                     --classifiers $(call classifiers,$($1.of))
 # Other clusters, with models of their own.
-clusters-k1.cluster         = --k 1
-clusters-k2.cluster         = --k 2
-clusters-k5.cluster         = --k 5
-clusters-k10.cluster        = --k 10
+$(foreach k,1 2 5 10,$(eval clusters-k$k.cluster = --k $k))
 clusters-k5-rare.cluster    = --k 5 --min-size 5
 $(foreach k,k1 k2 k5 k10 k5-rare,$(eval clustered-$k.finetune = \
   $$(subst $$(RUN)/clusters,$$(RUN)/clusters-$k,$$(clustered.finetune))))
@@ -82,13 +71,11 @@ clustered-random.generate   = --keep 1
 ablate:
 	+@$(MAKE) --no-print-directory KEEP_WEIGHTS=yes ablations \
 	  RECIPES='$(sort $(foreach a,$(ABLATIONS),$($a.of)))'
-	@echo "Tables and figures: $(RUN)/ablations/*/results.md $(RUN)/ablations/*/worst_group.png"
+	@echo "Tables and figures: $(RUN)/ablations/*/{results.md,worst_group.png}"
 
 # ---- tools --------------------------------------------------------------------------------------
 dryrun: .venv/installed
-	$(LAUNCH) $(PY) tools/dryrun.py --dataset $(DATASET) --bias $(BIAS) \
-	  --model-seeds $(words $(MODEL_SEEDS)) $(DRYRUN) --out runs/dryrun-$(DATASET) \
-	  --plan $(call quoted,$(GOALS)) $(PLAN)
-# With the `+` each row is shown once it is measured, whatever --output-sync says.
-bench: .venv/installed
+	$(PY) tools/dryrun.py --dataset $(DATASET) --bias $(BIAS) --model-seeds $(words $(MODEL_SEEDS)) \
+	  $(DRYRUN) --out runs/dryrun-$(DATASET) --plan '$(GOALS)' $(PLAN)
+bench: .venv/installed # with `+` each row is shown when it is measured, despite --output-sync
 	+$(if $(dry),@: )$(PY) tools/bench.py $(BENCH) --out runs/bench

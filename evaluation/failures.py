@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 import cluster
-from common import classifiers, clip, compute, files, imagefolder, pixels, stage
+from classifiers import network
+from common import clip, compute, files, imagefolder, pixels, stage
 from common.files import InputError
 from evaluation.report import environment
 
@@ -117,11 +118,11 @@ def with_classifier(rows, args):
     """The rows of val and test with the prediction of a network of torchvision."""
     rows = [row for row in rows if row["split"] != "train"]
     classes = 1 + max(row["y"] for row in rows)
-    model = classifiers.whole_network(args.arch, args.weights, classes)
+    model = network.whole_network(args.arch, args.weights, classes)
     images, predicted = pixels.Pixels(args.data, rows, args.resolution), []
     with torch.no_grad():
         for part in torch.arange(len(rows)).split(64):
-            shown = classifiers.to_input(images[part], args.resolution)
+            shown = network.to_input(images[part], args.resolution)
             predicted += model(shown).argmax(1).tolist()
     return [row | {"prediction": label} for row, label in zip(rows, predicted)]
 

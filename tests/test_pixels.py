@@ -13,7 +13,8 @@ from conftest import files_of, make_dataset, run
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import classifiers, files, imagefolder, pixels
+from classifiers import network
+from common import files, imagefolder, pixels
 from common.pixels import Pixels
 
 
@@ -178,11 +179,11 @@ def test_random_crops_are_those_of_torchvision_resized_at_once(monkeypatch):
     box = 4, 8, 30, 28  # top, left, height, width
     monkeypatch.setattr(v2.RandomResizedCrop, "get_params", staticmethod(lambda image, scale, ratio: box))
     torch.manual_seed(0)
-    found = classifiers.random_crops(images, 24)
+    found = network.random_crops(images, 24)
     expected = v2.functional.resized_crop(images.float(), *box, [24, 24], antialias=False) / 127.5 - 1
     mirrored = [not torch.allclose(a, b, atol=0.1) for a, b in zip(found, expected)]
     for crop, wanted, mirror in zip(found, expected, mirrored):
         wanted = wanted.flip(-1) if mirror else wanted
         assert (crop - wanted)[:, 1:-1, 1:-1].abs().max() < 1e-4
-    flips = [not torch.allclose(classifiers.random_crops(images, 24)[0], expected[0], atol=0.1) for _ in range(40)]
+    flips = [not torch.allclose(network.random_crops(images, 24)[0], expected[0], atol=0.1) for _ in range(40)]
     assert 8 < sum(flips) < 32

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import train_classifier
 from common import files, imagefolder, stage
-from baselines.last_layer import deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
-from common.classifiers import Images, new_classifier, predict, to_input
+from classifiers.last_layer import deep_feature_reweighting, disagreeing, early_stop_disagreement, tuned
+from classifiers.network import Images, new_classifier, predict, to_input
 from common.pixels import Pixels
 from train_classifier import RECIPES, Losses, group_labels, supervised_contrastive, takes_synthetic
 
@@ -307,7 +307,7 @@ def last_layer_through_network(model, phase, images, val, losses, args, autocast
 
 def test_a_resnet_needs_no_library_but_its_own():
     """In a process of its own: others that this one has imported load parts of torchvision."""
-    code = "from common import classifiers; print(classifiers.new_classifier('resnet18', 'none', 2).last_layer)"
+    code = "from classifiers import network; print(network.new_classifier('resnet18', 'none', 2).last_layer)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "Linear(in_features=512, out_features=2, bias=True)\n", done.stderr
 

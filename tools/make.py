@@ -128,14 +128,15 @@ def check_recipes(values):
     tables = [node.value for node in tree.body if isinstance(node, ast.Assign)
               and getattr(node.targets[0], "id", None) == "RECIPES"]
     recipes, methods = [key.value for key in tables[0].keys], values["METHODS"]
-    known = [*recipes, *values["OTHER_RECIPES"], *methods]
+    known = [*recipes, *values["MORE_RECIPES"], *methods]
+    plain = [name for name in methods if "-" not in name]
     for recipe in values["RECIPES"]:
         words = recipe.split("+")
         for word in words:
             if word not in known:
                 hint = did_you_mean(word, known).strip()
                 raise Wrong(f"RECIPES: {word} is not a recipe{hint and f', {hint}'} (recipes: "
-                            f"{', '.join(recipes)}; methods: {', '.join(values['MAIN_METHODS'])}; "
+                            f"{', '.join(recipes)}; methods: {', '.join(plain)}; "
                             "or one of each, as filled+lora)")
         if len(words) > 1 and [word in methods for word in words] not in ([0, 1], [1, 0]):
             raise Wrong(f"RECIPES: {recipe}: combine one recipe and one method, as filled+lora")
@@ -147,14 +148,13 @@ def check_recipes(values):
 def read_plan(goals, plan):
     """{folder: words of its command} of the goals and of all that they need, goals last.
 
-    A command needs the folders among its words. Raises ValueError for unbalanced quotes.
+    A command needs the folders among its words.
     """
-    commands = dict(entry.split(maxsplit=1) for entry in plan)
-    needed = {}
+    commands, needed = dict(entry.split(maxsplit=1) for entry in plan), {}
 
     def need(folder):
         if folder in commands and folder not in needed:
-            words = shlex.split(commands[folder])
+            words = words_of(commands[folder])
             for word in words:
                 need(word)
             needed[folder] = words
@@ -167,43 +167,31 @@ def read_plan(goals, plan):
 def stale(asked, record, goals, *plan):
     """Prints the config.json of each finished folder that is stale, for make to make it again.
 
-    And `record`, unless it says that the commands were checked.
+    And `record`, unless check() wrote it for this plan. asked: the targets that one typed.
     """
     if asked and set(asked.split()) <= WITHOUT_RUN:
         return
     made.listing = functools.cache(made.listing)  # many commands read the same base model
-    found = []
-    if checked(record) != "\n".join(plan):
-        found.append(record)
+    checked = Path(record).read_text(encoding="utf-8") if Path(record).is_file() else ""
+    found = [] if checked == "\n".join([*plan, ""]) else [record]
     for entry in plan:
         folder, command = entry.split(maxsplit=1)
         config = f"{folder}/config.json"
+        done = files.read_json(config).get("command")  # with --out FOLDER at its end
         if made.stale(folder):
             print(f"note: {folder}: its files or inputs were changed, it is made again",
                   file=sys.stderr)
             found.append(config)
-        elif command_of(config) not in (None, words_of(command)):
+        elif done and done[:-2] != words_of(command):
             found.append(config)
     print(*found)
 
 
-def checked(record):
-    try:
-        return Path(record).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError:
-        return ""
-
-
-def command_of(config):
-    """The words of the command that wrote a config.json, without --out; None if there is none."""
-    words = files.read_json(config).get("command")
-    return words[:-2] if words else None
-
-
 def words_of(command):
+    """Its words; [] if its quotes are unbalanced, which check() tells."""
     try:
         return shlex.split(command)
-    except ValueError:  # check() says so
+    except ValueError:
         return []
 
 
@@ -212,21 +200,16 @@ def check(record, goals, *plan):
 
     The first invalid flag is one line and status 2; if there is none, `record` says so.
     """
-    try:
-        needed = read_plan(goals, plan)
-    except ValueError as error:
-        return broken_quotes(plan, error)
-    for script, *flags in needed.values():
+    for entry in plan:
+        if not words_of(entry):
+            print(f"{entry.split()[1]}: error: flags: No closing quotation (check the quotes in "
+                  "this setting)", file=sys.stderr)
+            return 2
+    for script, *flags in read_plan(goals, plan).values():
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         if stage.call(module.parse, [*flags, "--out", "runs/.check"]) == 2:
             return 2
     files.write_text(record, "\n".join(plan))
-
-
-def broken_quotes(plan, error):
-    script = next(entry.split()[1] for entry in plan if not words_of(entry))
-    print(f"{script}: error: flags: {error} (check the quotes in this setting)", file=sys.stderr)
-    return 2
 
 
 # ------------------------------------------------------------------------------- status and help

@@ -2,8 +2,8 @@
 
 import json
 
+from base.weights import LORA_FILE
 from common import files, imagefolder
-from common.weights import LORA_FILE
 
 LIMITS = """\
 Made to train classifiers that do not rely on a spurious correlation. The images repeat what the

@@ -121,7 +121,7 @@ def tuned(layer, features, y, rate, batch, weight_decay, rng, steps=250):
 
     SGD without momentum: the authors' code sets one, but where torch does not read it.
     """
-    from common.classifiers import equally_often
+    from classifiers.network import equally_often
 
     layer, batches = copy.deepcopy(layer), []
     optimizer = torch.optim.SGD(layer.parameters(), rate, weight_decay=weight_decay)
