@@ -1,7 +1,7 @@
-# The miniature: MNIST digits on coloured backgrounds, and a base model trained on printed digits; 2 cores, no network.
-# Values that the paper gives are the defaults of the scripts; all below are ours. Learning rates, prior weight, guidance
-# scale and --balance were chosen on val (RESULTS.md), the numbers of steps and epochs and the recipes for a run of minutes:
-# `make paper` has more recipes and seeds.
+# The miniature: MNIST digits on coloured backgrounds, and a base model trained on printed digits; 2
+# cores, no network. Values that the paper gives are the defaults of the scripts; all below are
+# ours. Learning rates, prior weight, guidance scale and --balance were chosen on val (RESULTS.md),
+# the numbers of steps and epochs and the recipes for a run of minutes: `make paper` has more.
 RECIPES       ?= erm groupdro vanilla dreambooth clustered
 IMAGES        ?= 250
 EPOCHS        ?= 30
@@ -14,9 +14,10 @@ GENERATE      ?= --steps 10 --guidance-scale 1 --batch 32 --rare own
 # Trains base/miniature again, on printed digits.
 base: .venv/installed
 	$(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
-# One process per core, one thread each: results do not depend on the number of cores, and two processes with one thread
-# each are faster than one with two. A -j of your own takes precedence.
+# One process per core, one thread each: results do not depend on the number of cores, and two
+# processes with one thread each are faster than one with two. A -j of your own takes precedence,
+# and LAUNCH starts processes by itself.
 export OMP_NUM_THREADS ?= 1
-ifeq ($(MAKELEVEL),0)
+ifeq ($(MAKELEVEL)$(LAUNCH),0)
 MAKEFLAGS += -j$(or $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null),2) --output-sync=target
 endif
