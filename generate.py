@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from base import cards, weights
+from base import candidates, cards, weights
 from common import clip, compute, files, imagefolder, made, models, stage
 from common.files import InputError
 
@@ -150,8 +150,6 @@ def words_in(prompt, other):
 
 
 # ------------------------------------------------------------------------------------- the drawing
-# All images that were drawn of a unit are its candidates: <index>.png, and a row in candidates.csv
-# with index, clip_score and fault. An unfinished unit is a hidden folder, .<unit>.partial.
 
 
 def draw_images(pipe, draw, indices, args):
@@ -164,29 +162,26 @@ def draw_images(pipe, draw, indices, args):
 
 
 def draw_batches(sampler, score, batches, args):
-    """Draws and saves the batches, [(draw, number)]. Returns the seconds of each, [(name, float)].
-
-    Each process has a table of the candidates that it has drawn of a unit.
-    """
-    seconds, loaded, table = [], None, f"candidates-{compute.RANK}.csv"
+    """Draws and saves the batches, [(draw, number)]. Returns their seconds, [(name, float)]."""
+    seconds, loaded = [], None
     with imagefolder.progress(None, "generate", "image", total=len(batches) * args.batch) as bar:
         for draw, number in batches:
             begin = time.monotonic()
-            work = unfinished(draw, args)
             if draw is not loaded:
                 sampler.load(draw.weights)
-                loaded, rows = draw, candidates(work, table)
+                work = candidates.unfinished(args.out, draw.name)
+                loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
             arrays = draw_images(sampler.pipe, draw, indices, args)
             images = [Image.fromarray((array * 255).round().astype(np.uint8))
                       for array in np.nan_to_num(arrays)]
-            for index, array, image, value in zip(indices, arrays, images,
-                                                  score(images, draw.group)):
+            scores = score(images, draw.group)
+            for index, array, image, value in zip(indices, arrays, images, scores):
                 fault = fault_of(array)
                 rows[index] = {"index": index, "clip_score": f"{value:.4f}", "fault": fault}
                 if not fault:
-                    image.save(work / image_name(index))
-            files.write_csv(work / table, [rows[index] for index in sorted(rows)])
+                    image.save(work / candidates.image_name(index))
+            candidates.write(work, rows)
             bar.update(args.batch)
             seconds.append((draw.name, time.monotonic() - begin))
     return seconds
@@ -204,7 +199,7 @@ def batches_needed(draw, args):
 
     Batches begin at multiples of --batch, so that a resumed unit draws the very same images.
     """
-    there, needed = candidates(unfinished(draw, args)), []
+    there, needed = candidates.read(candidates.unfinished(args.out, draw.name)), []
     wanted, number = math.ceil(draw.share / args.keep), 0
     most = args.max_tries * wanted + args.batch
     while wanted > 0:
@@ -219,40 +214,6 @@ def batches_needed(draw, args):
             wanted -= args.batch
         number += 1
     return needed
-
-
-def image_name(index):
-    return f"{index:05}.png"
-
-
-def unfinished(draw, args):
-    return args.out / f".{draw.name}.partial"
-
-
-def begin_unit(draw, args):
-    """Makes the hidden folder of a unit: empty, or with what is there for the same key."""
-    path, work = args.out / draw.name, unfinished(draw, args)
-    if files.read_json(work / "config.json").get("key") == draw.key:
-        return
-    files.remove(work)
-    if files.read_json(path / "config.json").get("key") == draw.key:  # more images are wanted
-        for lost in made.changed_files(path):
-            (path / lost).unlink(missing_ok=True)
-        path.rename(work)
-    else:
-        work.mkdir(parents=True)
-        files.write_json(work / "config.json", {"key": draw.key})
-
-
-def candidates(folder, table="candidates*.csv"):
-    """{index: row} of the candidates of a folder whose images are there, in order."""
-    rows = {}
-    for path in folder.glob(table):
-        for row in files.read_csv(path, "remove its folder to draw it again"):
-            index = int(row["index"])
-            if row["fault"] or (folder / image_name(index)).is_file():
-                rows[index] = row | {"index": index}
-    return dict(sorted(rows.items()))
 
 
 # --------------------------------------------------------------------------------------- the stage
@@ -279,7 +240,7 @@ def parse(argv=None):
     count, scale, share = (stage.number(int, 1), stage.number(float, 1), stage.number(float, 0, 1))
     add = parser.add_argument
     add("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
-    add("--models", type=Path, help="output folder of finetune.py; default: the base model (vanilla)")
+    add("--models", type=Path, help="output of finetune.py; default: the base model (vanilla)")
     add("--data", type=Path, required=True, help="dataset folder, for its groups and their prompts")
     add("--clip", required=True, help="folder or hub id of the CLIP model that filters")
     add("--images", type=count, default=250, help="images per group")
@@ -324,7 +285,7 @@ def add_keys(draws, rows, prompts, args):
         args, "base", "clip", "images", "max_tries", "drop_weights", "keep", "embeddings",
         "rare", "rare_below", "rare_guidance", "val_share")
     code = made.code_digest(__file__, weights.__file__, clip.__file__, models.__file__,
-                            stage.seed_of)
+                            candidates.__file__, stage.seed_of)
     made_by = files.digest(settings, prompts, imagefolder.class_prompts(rows), means,
                            files.model_digest(args.base), files.model_digest(args.clip), code)
     for draw in draws:
@@ -340,7 +301,7 @@ def is_filled(draw, args):
 
 def chosen(folder, draw, args):
     """See selected()."""
-    return selected(list(candidates(folder).values()), draw.share, args.keep)
+    return selected(list(candidates.read(folder).values()), draw.share, args.keep)
 
 
 def draw_all(draws, wanted, rows, args):
@@ -357,27 +318,17 @@ def draw_all(draws, wanted, rows, args):
     if compute.FIRST:
         (args.out / "metadata.csv").unlink(missing_ok=True)
         for draw in draws:
-            begin_unit(draw, args)
+            candidates.begin(args.out, draw.name, draw.key)
     seconds, needed = [], True
     while needed:
         compute.gather([])  # what the first process has begun, and all have drawn, is there
         needed = [(draw, i) for draw in draws for i in batches_needed(draw, args)]
         seconds += compute.gather(draw_batches(sampler, score, compute.share(needed), args))
     for draw in draws if compute.FIRST else ():
-        publish_unit(draw, sum(taken for name, taken in seconds if name == draw.name), args)
-
-
-def publish_unit(draw, seconds, args):
-    work, path = unfinished(draw, args), args.out / draw.name
-    rows = candidates(work)
-    for table in work.glob("candidates*.csv"):
-        table.unlink()
-    files.write_csv(work / "candidates.csv", list(rows.values()))
-    made.finish(work, args, draw.key, **stage.spent(time.monotonic()) | {
-        "seconds": round(seconds, 1)})
-    files.remove(path)
-    work.rename(path)
-    print(f"{draw.title}: {len(rows)} images drawn, {draw.share} kept", flush=True)
+        taken = sum(each for name, each in seconds if name == draw.name)
+        spent = stage.spent(time.monotonic()) | {"seconds": round(taken, 1)}
+        count = candidates.publish(args.out, draw.name, args, draw.key, **spent)
+        print(f"{draw.title}: {count} images drawn, {draw.share} kept", flush=True)
 
 
 def publish(draws, prompts, made_by, merged, args):
@@ -392,8 +343,8 @@ def publish(draws, prompts, made_by, merged, args):
                              "blank": faults.count("blank"), "nan": faults.count("nan")}
         for row, split in zip(kept, splits(len(kept), args.val_share)):
             rows.append({
-                "file_name": f"{draw.name}/{image_name(row['index'])}", "split": split, "y": y,
-                "a": a, "text": prompts[draw.group], "unit": draw.name,
+                "file_name": f"{draw.name}/{candidates.image_name(row['index'])}",
+                "split": split, "y": y, "a": a, "text": prompts[draw.group], "unit": draw.name,
                 "clip_score": row["clip_score"],
                 "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
                 "negative_prompt": draw.negative, "guidance_scale": draw.guidance})
