@@ -36,7 +36,7 @@ def both(tmp_path_factory):
 @slow
 def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
     done, rows, table, _ = both[0]
-    assert done.returncode == 2 and list(rows) == STAGES, done.stderr[-3000:]
+    assert done.returncode == 2 and set(rows) == set(STAGES), done.stderr[-3000:]
     assert rows["finetune lora"]["result"].startswith("failed: finetune.py: error: ")
     assert "loss is" in rows["finetune lora"]["result"] and rows["finetune lora"]["result"] in done.stdout
     assert all(row["result"] == "ok" for stage, row in rows.items() if stage != "finetune lora")
@@ -48,7 +48,7 @@ def test_a_stage_that_fails_is_a_row_and_the_others_still_run(both):
 def test_each_stage_has_seconds_memory_and_disk(both):
     done, rows, _, written = both[1]
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(rows) == STAGES and {row["result"] for row in rows.values()} == {"ok"}
+    assert set(rows) == set(STAGES) and {row["result"] for row in rows.values()} == {"ok"}
     for stage, row in rows.items():
         assert float(row["image_s"]) > 0, stage
         if stage != "read images":

@@ -74,7 +74,8 @@ def read_commands(plan):
         elif script == "train_classifier.py":
             drawn = f" {settings.synthetic.name}" if settings.synthetic else ""
             title, kind = f"train {settings.recipe}{drawn}", bool(settings.synthetic)
-        row = rows.setdefault(kind, "generate" if script == "generate.py" else title)
+        names = {"generate.py": "generate", "train_classifier.py": title.removesuffix(f" {name}")}
+        row = rows.setdefault(kind, names.get(script, title))
         commands.append(Command(words, settings, title, name, row))
     return commands
 
