@@ -15,7 +15,7 @@ from tools import projection
 
 SETTINGS = ("dryrun", "RECIPES=erm lora", "DRYRUN=--photos 8", "LORA=--steps 150 --batch 4 --learning-rate 1e-3",
             "GENERATE=--steps 10 --guidance-scale 1 --batch 8", "CLASSIFIER=--batch 16")
-STAGES = ["read images", "embed", "cluster", "images", "generate", "finetune lora", "train erm", "train two-stage"]
+STAGES = ["read images", "embed", "images", "generate", "finetune lora", "train erm", "train two-stage"]
 
 
 def dryrun(house, *more):

@@ -74,8 +74,10 @@ def read_commands(plan):
         elif script == "train_classifier.py":
             drawn = f" {settings.synthetic.name}" if settings.synthetic else ""
             title, kind = f"train {settings.recipe}{drawn}", bool(settings.synthetic)
-        names = {"generate.py": "generate", "train_classifier.py": title.removesuffix(f" {name}")}
-        row = rows.setdefault(kind, names.get(script, title))
+        if script == "train_classifier.py":
+            row = rows.setdefault(kind, f"train {settings.recipe}")
+        else:
+            row = rows.setdefault(kind, "generate" if script == "generate.py" else title)
         commands.append(Command(words, settings, title, name, row))
     return commands
 
