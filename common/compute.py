@@ -31,6 +31,14 @@ def meet():
         PartialState(cpu=not _on_gpu(), timeout=week)
 
 
+def alone():
+    """This process does all the work of its command: the others have left."""
+    global PROCESSES
+    PROCESSES = 1
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # accelerate would wait for them
+        os.environ.pop(name, None)
+
+
 def share(items):
     """This process's part of a list: every item belongs to one process, neighbours together."""
     first, last = (len(items) * number // PROCESSES for number in (RANK, RANK + 1))

@@ -149,8 +149,12 @@ def run(main, shared=False):
     """
     end_at_ctrl_c()
     begun = time.monotonic()
-    status = call(main) if shared or compute.FIRST else 0
-    if shared and not status:
+    if not shared and not compute.FIRST:
+        sys.exit(0)
+    if not shared:
+        compute.alone()
+    status = call(main)
+    if not status:
         compute.part()
     if _log[0] and not status:
         print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, files_of, run, start
+from conftest import files_of, ROOT, run, start, together
 
 from cluster import group_clusters, without_group_means
 from common import imagefolder
@@ -78,6 +78,11 @@ def test_clusters_in_a_folder_that_is_reached_through_a_link_lead_to_the_images(
     (tmp_path / "runs").symlink_to(tmp_path / "far" / "away" / "scratch")
     run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 1, "--out", tmp_path / "runs" / "c")
     assert len(imagefolder.read_metadata(tmp_path / "runs" / "c")) == 54
+
+
+def test_where_several_processes_start_the_first_does_it_alone(dataset, embeddings, tmp_path):
+    together(2, "cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 2, "--out", tmp_path / "c")
+    assert len(imagefolder.read_metadata(tmp_path / "c")) == 54
 
 
 def test_a_log_ends_with_done_or_with_the_error_and_status_shows_it(dataset, embeddings, tmp_path):
