@@ -110,7 +110,7 @@ $(RUN)/results/config.json: evaluation/figures.py evaluation/intervals.py
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
 $(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
   $(RUN)/ablations/*/config.json) $(GOALS:%=%/config.json)
-	$(RUNNER) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
+	$(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
 results: $(RUN)/results/config.json
 ablations: $(foreach a,$(ABLATIONS) synthetic,$(RUN)/ablations/$a/config.json)
 failures: $(RUN)/failures/config.json
