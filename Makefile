@@ -73,7 +73,7 @@ recipe  = $(or $(filter-out $(METHODS),$(subst +, ,$1)),two-stage)
 models  = $(firstword $(foreach m,$1 $(firstword $(subst -, ,$1)),$(if $($m.finetune),$m)))
 DRAWN   = $(sort $(foreach r,$(RECIPES),$(call method,$r)))
 GOALS   = $(RUN)/results $(if $(DRAWN),$(RUN)/images)
-# Those of recipes, in the runs of all model seeds, or in the first alone if they need no images.
+# Classifiers of recipes: in the runs of all model seeds, or in the first if they need no images.
 classifiers = $(foreach seed,$(MODEL_SEEDS),$(foreach r,$1,$(if $(call method,$r)$(filter \
   $(seed),$(firstword $(MODEL_SEEDS))),$(RUN)/classifiers/$r)))
 # ---- the stages ---------------------------------------------------------------------------------
@@ -131,10 +131,12 @@ dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 all: $(RUN)/results/report.html
 	$(if $(dry),,@cat $(RUN)/results/results.md $(if $(DRAWN),$(RUN)/images/images.md))
 	$(if $(dry),,@echo "Report: $<")
-test torture test-slurm: .venv/installed
-	$(if $(filter torture,$@),TORTURE=1) $(if $(filter test-slurm,$@),TEST_SLURM=1) OMP_NUM_THREADS=1 \
-	  $(PY) -m pytest -q --durations 15 -n auto --dist loadfile $(if $(filter test-slurm,$@),-s \
-	  tests/test_slurm.py,tests)
+test torture test-slurm: export OMP_NUM_THREADS = 1
+test torture: .venv/installed
+	$(if $(filter torture,$@),TORTURE=1) $(PY) -m pytest -q -n auto --dist loadfile --durations 15 \
+	  tests
+test-slurm: .venv/installed
+	TEST_SLURM=1 $(PY) -m pytest -q -s -rs --durations 0 tests/test_slurm.py
 status: ; @LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
 help:
 	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \

@@ -121,7 +121,8 @@ def finetune(base, unit, args):
                              num_training_steps=args.steps)
     averaged = args.ema_decay and args.method == "dreambooth"
     ema = EMAModel(learned, decay=args.ema_decay) if averaged else None
-    checkpoint = Checkpoint(partial(unit, args), unit.key, learned, optimizer, schedule, ema)
+    path = made.unfinished(args.out, unit.name)
+    checkpoint = Checkpoint(path, unit.key, learned, optimizer, schedule, ema)
     curve = checkpoint.load()
     for step in imagefolder.progress(range(len(curve), args.steps), unit.name, "step",
                                      initial=len(curve), total=args.steps):
@@ -148,10 +149,6 @@ def finetune(base, unit, args):
     if ema:
         ema.copy_to(learned)
     return curve
-
-
-def partial(unit, args):
-    return args.out / f".{unit.name}.partial"
 
 
 # --------------------------------------------------------------------------------------- the units
@@ -344,7 +341,7 @@ def train_units(base, units, base_digest, args):
             cards.of_weights(out / "README.md", unit, args)
             made.finish(out, args, unit.key, base=base_digest, images=len(unit.rows),
                         encoding_seconds=encoding, **stage.spent(begin))
-        files.remove(partial(unit, args))
+        files.remove(made.unfinished(args.out, unit.name))
         last = [row["loss"] for row in curve[-50:]]
         print(f"{unit.title}: {len(unit.rows)} images, loss {sum(last) / len(last):.4f}",
               flush=True)

@@ -106,7 +106,7 @@ def draws_of(rows, prompts, titles, args):
     base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
     counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     fewest = {"own": 1, "auto": args.rare_below, "transfer": math.inf}[args.rare]
-    draws = []
+    draws, notes = [], []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
         common = imagefolder.correlated_attribute(counts, y)
@@ -120,9 +120,9 @@ def draws_of(rows, prompts, titles, args):
             units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
                      for draw in of_common]
             negative, guidance = words_in(prompts[other], text), args.rare_guidance
-            print(f"{titles[group]}: drawn by the models of {titles[other]}")
+            notes.append(f"{titles[group]}: drawn by the models of {titles[other]}")
         elif args.models and not own:
-            print(f"{titles[group]}: no training images, drawn by the base model")
+            notes.append(f"{titles[group]}: no training images, drawn by the base model")
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
             name = group + unit["suffix"]
@@ -131,6 +131,8 @@ def draws_of(rows, prompts, titles, args):
                     name, group, imagefolder.unit_title(name, titles),
                     unit["prompt"].replace("{text}", text), negative, guidance,
                     unit["unit"] and args.models / unit["unit"], unit["key"], share))
+    if compute.FIRST and notes:
+        print(*notes, sep="\n")
     return draws
 
 
@@ -169,7 +171,7 @@ def draw_batches(sampler, score, batches, args):
             begin = time.monotonic()
             if draw is not loaded:
                 sampler.load(draw.weights)
-                work = candidates.unfinished(args.out, draw.name)
+                work = made.unfinished(args.out, draw.name)
                 loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
             arrays = draw_images(sampler.pipe, draw, indices, args)
@@ -199,7 +201,7 @@ def batches_needed(draw, args):
 
     Batches begin at multiples of --batch, so that a resumed unit draws the very same images.
     """
-    there, needed = candidates.read(candidates.unfinished(args.out, draw.name)), []
+    there, needed = candidates.read(made.unfinished(args.out, draw.name)), []
     wanted, number = math.ceil(draw.share / args.keep), 0
     most = args.max_tries * wanted + args.batch
     while wanted > 0:

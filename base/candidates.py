@@ -14,13 +14,9 @@ def image_name(index):
     return f"{index:05}.png"
 
 
-def unfinished(out, name):
-    return out / f".{name}.partial"
-
-
 def begin(out, name, key):
     """Makes the hidden folder of a unit: empty, or with what is there for the same key."""
-    path, work = out / name, unfinished(out, name)
+    path, work = out / name, made.unfinished(out, name)
     if files.read_json(work / "config.json").get("key") == key:
         return
     files.remove(work)
@@ -51,7 +47,7 @@ def write(folder, rows):
 
 def publish(out, name, args, key, **spent):
     """Makes an unfinished unit a finished one. Returns the number of its candidates."""
-    work = unfinished(out, name)
+    work = made.unfinished(out, name)
     rows = read(work)
     for table in work.glob("candidates*.csv"):
         table.unlink()

@@ -1,6 +1,6 @@
 """CLIP, or another image encoder: embeddings of images and prompts, and the file of them."""
 
-from common import files, imagefolder, models, stage
+from common import compute, files, imagefolder, models, stage
 from common.files import InputError
 from common.pixels import Pixels, ahead
 
@@ -78,13 +78,14 @@ def _unit_length(embeddings):
     return torch.nn.functional.normalize(embeddings.float(), dim=1).cpu()
 
 
-def embed_images(encoder, folder, rows, batch, cache, share=lambda batches: batches):
+def embed_images(encoder, folder, rows, batch, cache):
     """Embeddings of the images of some rows of metadata, (N, D) float32 array.
 
-    cache: see common/pixels.py. share: which of the batches, a list of indices each, to embed.
+    Where several processes share the work, of this one's part of the batches. cache: see
+    common/pixels.py.
     """
     pixels = Pixels(folder, rows, encoder.size, cache)
-    batches = share(torch.arange(len(rows)).split(batch))
+    batches = compute.share(torch.arange(len(rows)).split(batch))
     batches = imagefolder.progress(batches, f"embed {folder}", "batch")
     found = [encoder.images(list(images)) for images in ahead(pixels.__getitem__, batches)]
     return torch.cat(found).numpy() if found else np.empty((0, 0), np.float32)

@@ -22,13 +22,13 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 FIRST = RANK == 0
 
 
-def meet():
+def meet(device="auto"):
     """Waits until all processes of this command have started."""
     if PROCESSES > 1:
         from accelerate import PartialState
 
         week = datetime.timedelta(days=7)  # the first to finish waits for the longest unit
-        PartialState(cpu=not _on_gpu(), timeout=week)
+        PartialState(cpu=device == "cpu" or not _on_gpu(), timeout=week)
 
 
 def alone():
@@ -54,7 +54,7 @@ def gather(items):
     return gather_object(items)
 
 
-def part():
+def leave():
     """Leaves the other processes, at the end."""
     if PROCESSES > 1:
         from accelerate import PartialState

@@ -1,7 +1,7 @@
 """What is finished, and what is stale.
 
 A stage writes one folder. It is finished when it holds config.json, which is written last and
-records what the result is true for; it is stale when that is no longer so:
+records what the result depends on; it is stale when one of these has changed:
 
     key       a digest of settings, code and the inputs' bytes: the stage itself compares it
     files     digests of the files that were written: an edited or a lost one is noticed
@@ -90,6 +90,11 @@ def changed_files(path):
     recorded = recorded if isinstance(recorded, dict) else {}
     now = _states(path, [name for name in recorded if os.path.lexists(path / name)])
     return [name for name in recorded if now.get(name) != recorded[name]]
+
+
+def unfinished(out, unit):
+    """The hidden folder in which a unit is made, and from which a killed process resumes."""
+    return out / f".{unit}.partial"
 
 
 def remove_other_units(out, names):

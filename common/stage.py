@@ -135,7 +135,6 @@ def _given_paths(args):
 
 # -------------------------------------------------------------------------- running, errors, Ctrl-C
 
-_script = [""]  # the name of the script that runs
 _working = [False]  # an error before is the same in all processes of a command: one tells it
 _log = [None]  # the file of its log
 _inputs = {}  # {path of an input: its state when the script began}
@@ -155,15 +154,15 @@ def run(main, shared=False):
         compute.alone()
     status = call(main)
     if not status:
-        compute.part()
+        compute.leave()
     if _log[0] and not status:
         print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)
     sys.exit(status)
 
 
 def call(main, argv=None):
-    """Runs main(argv); returns the exit status. Invalid input or a full disk is one line, 2."""
-    script = _script[0] = Path(main.__code__.co_filename).name
+    """Runs main(argv); returns the status. Invalid input or a full disk is one line, status 2."""
+    script = Path(main.__code__.co_filename).name
     _working[0] = False
     try:
         return main(argv) or 0
@@ -238,7 +237,7 @@ def begin(args):
                     _lock(path, fcntl.LOCK_SH)
     except InputError as error:
         faults = [error]
-    compute.meet()
+    compute.meet(getattr(args, "device", "auto"))
     for error in compute.gather(faults):
         raise error
     _keep_log(args)
@@ -257,19 +256,19 @@ def start(args, wanted):
 
 
 def finish(out, args, key, **more):
-    """Publishes a stage's result: see made.finish(). A model that was removed is no input."""
-    inputs = {path: state for path, state in _inputs.items() if os.path.exists(path)}
-    made.finish(out, args, key, inputs, **more)
+    """Publishes a stage's result: see made.finish()."""
+    made.finish(out, args, key, dict(_inputs), **more)
 
 
 def is_made(args, key):
     """Whether OUT was made for this key and is intact: says so, and renews its config.json."""
-    if not made.is_finished(args.out, key):
-        return False
-    config = files.read_json(args.out / "config.json")
-    files.write_json(args.out / "config.json", config | {"command": sys.argv, "inputs": _inputs})
-    print(f"{args.out}: up to date")
-    return True
+    finished = made.is_finished(args.out, key)
+    if finished and compute.FIRST:
+        path = args.out / "config.json"
+        renewed = {"command": sys.argv, "inputs": _inputs}
+        files.write_json(path, files.read_json(path) | renewed)
+        print(f"{args.out}: up to date")
+    return finished
 
 
 class _Logged:

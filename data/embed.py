@@ -31,7 +31,7 @@ def main(argv=None):
         return
     device = compute.accelerator(args.device).device
     encoder = clip.Encoder(args.encoder, device) if args.encoder else clip.Clip(args.clip, device)
-    mine = clip.embed_images(encoder, args.data, rows, args.batch, args.cache, compute.share)
+    mine = clip.embed_images(encoder, args.data, rows, args.batch, args.cache)
     embeddings = np.concatenate([part for part in compute.gather([mine]) if len(part)])
     if compute.FIRST:
         with files.replacing(args.out) as out:

@@ -171,7 +171,8 @@ def module_of(dataset):
 
 def parse(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    module = module_of(argv[0]) if argv and argv[0] in DATASETS else None
+    named = next((word for word in argv if word in DATASETS), None)
+    module = named and module_of(named)
     parser = stage.Parser(__file__, module.__doc__ if module else about())
     add = parser.add_argument
     add("dataset", choices=DATASETS)
@@ -185,6 +186,8 @@ def parse(argv=None):
     if hasattr(module, "add_flags"):
         module.add_flags(parser)
     args = parser.parse_args(argv)
+    if args.dataset != named:
+        raise InputError(args.dataset, f"stands behind {named}", "name the dataset first")
     args.root = args.root and args.root.expanduser()
     if module.SOURCE and not args.root:
         raise InputError("--root", "is missing", f"give {module.SOURCE}")

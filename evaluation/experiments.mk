@@ -38,11 +38,12 @@ PAPER_BIASES  ?= 0.95 0.99
 PAPER_RECIPES ?= erm groupdro self dfr ffr vanilla lora dreambooth clustered compositional
 PAPER_SEEDS   ?= 0 1 2
 PAPER_SEVERE  ?= dreambooth-transfer clustered-transfer
+SEVERE         = $(lastword $(PAPER_BIASES))
 PAPER          = SEEDS="0 1 2 3 4" MODEL_SEEDS="$(PAPER_SEEDS)" \
                  REFERENCES="erm groupdro vanilla dreambooth" RECIPES="$(PAPER_RECIPES) $1"
 paper:
-	$(call each_bias,$(PAPER_BIASES),$(call PAPER))
-	$(call each_bias,$(lastword $(PAPER_BIASES)),$(call PAPER,$(PAPER_SEVERE)))
+	$(call each_bias,$(filter-out $(SEVERE),$(PAPER_BIASES)),$(call PAPER))
+	$(call each_bias,$(SEVERE),$(call PAPER,$(PAPER_SEVERE)))
 	$(PY) evaluation/paper.py $(call results_of,$(PAPER_BIASES)) --out runs/$(DATASET)-paper
 
 # ---- make ablate: recipes that differ in one setting; a table and a figure for each setting -----

@@ -39,10 +39,11 @@ MEASURES = (  # the columns of synthetic.csv
     "kid: kernel distance to held-out real images in CLIP space; coverage: share of held-out "
     "images that are covered; too_near: share that is suspiciously near to a training image "
     "(chance: 0.01); leakage: accuracy of a linear probe that tells bias-aligned from "
-    "bias-conflicting images (chance: 0.5; real: held-out images, what content alone gives away), high if images "
-    "show which model drew them; real_gap: accuracy of a linear probe for the class, trained on "
-    "synthetic images, on other synthetic images minus held-out real ones, high if it uses what "
-    "only synthetic images have; clip_class, clip_attribute: share that CLIP recognises as the "
+    "bias-conflicting images (chance: 0.5; real: held-out images, what content alone gives away), "
+    "high if images show which model drew them; real_gap: accuracy of a linear probe for the "
+    "class, trained on synthetic images, on other synthetic images minus held-out real ones, high "
+    "if it uses what only synthetic images have; clip_class, clip_attribute: share that CLIP "
+    "recognises as the "
     "class, the attribute that it claims.")
 
 # ------------------------------------------------------- two sets of embeddings, (N, D) and (M, D)
@@ -258,13 +259,13 @@ def group_rows(method, rows, embeddings, real, counts, titles):
                 "leakage": leakage.get(group), "real_gap": gap.get(group)}
         if method != "real" and of_train and len(others):
             line["too_near"] = too_near(points, train[1][of_train], others)[0]
-        table.append(rounded({key: "" if value is None else value for key, value in line.items()},
-                             lambda name: 5))
+        line = {key: "" if value is None else value for key, value in line.items()}
+        table.append(rounded(line, 5))
     return table
 
 
 def rounded(line, digits):
-    return {name: f"{value:.{digits(name)}f}" if isinstance(value, float) else value
+    return {name: f"{value:.{digits}f}" if isinstance(value, float) else value
             for name, value in line.items()}
 
 
@@ -275,7 +276,7 @@ def set_row(method, rows, embeddings, table, prompts):
         known = [float(row[name]) for row in table if row[name] != ""]
         line[name] = mean(known) if known else ""
     line |= claims(rows, embeddings, prompts)
-    return rounded(line, lambda name: 4 if name == "kid" else 3)
+    return rounded(line | rounded({"kid": line["kid"]}, 4), 3)
 
 
 def save_closest(path, rows, source, embeddings, data, train, train_embeddings, titles):
@@ -346,12 +347,11 @@ def main(argv=None):
             of, its_prompts, names = real, prompts, titles
             folder, merged = imagefolder.groups_drawn(source, args.data)
             if folder != args.data:  # pseudo-groups
-                known = imagefolder.read_metadata(folder)
-                attributes = {row["file_name"]: row["a"] for row in known}
-                of = {name: (imagefolder.with_merged(
-                          [row | {"a": attributes[row["file_name"]]} for row in part], merged),
-                      found) for name, (part, found) in real.items()}
-                its_prompts, names = prompts_of(known), {}
+                of = {}
+                for name, (part, found) in real.items():
+                    part = imagefolder.with_attributes_of(folder, part)
+                    of[name] = imagefolder.with_merged(part, merged), found
+                its_prompts, names = prompts_of(imagefolder.read_metadata(folder)), {}
             mine = group_rows(source.name, rows, embeddings, of, counts, names)
             groups += mine
             table.append(set_row(source.name, rows, embeddings, mine, its_prompts))

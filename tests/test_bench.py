@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run, slow
 
-from common import files
+from common import files, imagefolder
 from tools import bench
 from tools.bench import Measured
 
@@ -63,6 +64,17 @@ def test_memory_is_that_of_the_process_and_a_failed_one_is_a_one_line_error():
     (small, seconds), (large, _) = (map(float, line.split()) for line in lines[:2])
     assert 300 < large < 320 and small < 60 and seconds > 0.2
     assert "failed: ValueError: invalid literal for int() with base 10: 'seven' (run" in lines[2]
+
+
+def test_units_have_as_many_images_as_full_batches_take_and_share_none(tmp_path):
+    args = SimpleNamespace(work=tmp_path)
+    data = bench.units_of(args, 12, 80)
+    rows = imagefolder.read_metadata(data)
+    folders = bench.flat_folders(args, data)
+    assert len(rows) == len({row["file_name"] for row in rows}) == 960
+    assert [len(list(folder.iterdir())) for folder, _ in folders] == [80] * 12
+    assert sorted(path.name for folder, _ in folders for path in folder.iterdir()) == sorted(
+        row["file_name"].split("/")[1] for row in rows)
 
 
 def test_an_unknown_row_and_a_missing_folder_of_peers_are_one_line_errors(tmp_path):

@@ -38,9 +38,10 @@ import sys, torch
 from pathlib import Path
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 base, out, images, batch, *prompts = sys.argv[1:]
-pipe = StableDiffusionPipeline.from_pretrained(base)
+gpu = torch.cuda.is_available()
+pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.bfloat16 if gpu else torch.float32)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+pipe.to("cuda" if gpu else "cpu")
 for prompt in prompts:
     Path(out, prompt).mkdir(parents=True)
     for first in range(0, int(images), int(batch)):
@@ -91,7 +92,7 @@ def entry(row, what, found, repeats, threads):
 
 # ------------------------------------------------------------------------------------------- rows
 # Each takes the arguments and returns (what it measures, ours, the peer's), two functions that
-# return a Measured; the peer's may be None.
+# return a Measured; the peer's may be None. Or None, to skip the row.
 
 
 def new_folder(args):
@@ -146,7 +147,7 @@ def by_diffusers(args, script, units, steps, *flags, base=BASE, pixels=32):
             "--instance_data_dir", folder, "--instance_prompt", f"{text} sks", "--resolution",
             pixels, "--train_batch_size", args.batch, "--max_train_steps", steps, "--learning_rate",
             1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--seed", 0, *flags,
-            "--output_dir", new_folder(args)))
+            "--output_dir", new_folder(args), *["--mixed_precision", "bf16"] * args.gpu))
     return Measured(sum(run.seconds for run in runs), max(run.mb for run in runs))
 
 
@@ -213,7 +214,12 @@ def generation(args):
 
 def nothing(args):
     without = [f"-u{name}" for name in os.environ if name.startswith(("MAKE", "MFLAGS"))]
-    return "make with nothing to do", lambda: measured("env", *without, "make", "-C", ROOT), None
+    make = ("env", *without, "make", "-C", ROOT)
+    plan = subprocess.run([*map(str, make), "-n"], capture_output=True, text=True).stdout
+    if "--out" in plan:
+        print("nothing: skipped, make has something to do (run make first)", flush=True)
+        return None
+    return "make with nothing to do", lambda: measured(*make), None
 
 
 ROWS = {"lora": (lora, LORA), "lora-units": (lora_units, LORA), "large": (large, LORA),
@@ -231,13 +237,18 @@ def main(argv=None):
     files.remove(args.work)
     args.work.mkdir()
     vars(args).update(TRIAL if args.trial else SIZES)
+    code = "import sys, torch; sys.exit(torch.cuda.is_available())"
+    args.gpu = subprocess.run([sys.executable, "-c", code]).returncode
     os.environ.update(OMP_NUM_THREADS=str(args.threads), XDG_CACHE_HOME=str(args.work / "cache"))
     for row in args.rows or [row for row in ROWS if row != "large"]:
         make_row, peer = ROWS[row]
         if peer and not (args.peers and (args.peers / peer).exists()):
             print(f"{row}: skipped, --peers holds no {peer}", flush=True)
             continue
-        what, own, other = make_row(args)
+        row_to_measure = make_row(args)
+        if not row_to_measure:
+            continue
+        what, own, other = row_to_measure
         found = [(own(), other and other()) for _ in range(args.repeats)]
         publish(args.out, entry(row, what, found, args.repeats, args.threads))
     files.remove(args.work)

@@ -1,6 +1,5 @@
 """How much a run takes: the units, steps and images of each command, for tools/dryrun.py."""
 
-import copy
 import importlib
 import math
 from dataclasses import dataclass
@@ -151,24 +150,26 @@ def amounts_of(command, commands, counts, assumed):
 
 def projection(commands, rows, counts, assumed, model_seeds):
     """The rows of projection.csv; rows: {name: row of dryrun.csv}; assumed: clusters per group."""
-    reading = copy.copy(commands[0])
-    reading.title = reading.row = "read images"
-    table = []
-    for command in [reading, *commands]:
-        amounts, disk, times = {"images": sum(counts[0]) + counts[1] + counts[2]}, 0, 1
-        if command is not reading:
-            amounts, disk = amounts_of(command, commands, counts, assumed)
-            synthetic = getattr(command.settings, "synthetic", command.words[0] != "data/embed.py")
-            times = model_seeds if synthetic else 1
-        row, line = rows[command.row], {"stage": command.title, "measured": command.row}
-        amounts = {"runs": 1, "units": 0, "steps": 0, "images": 0} | amounts
-        line |= {what: times * count for what, count in amounts.items()} | {"hours": "", "gb": ""}
-        if row["result"] == "ok":
-            seconds = sum(line[what] * row[each] for each, what in EVERY.items())
-            line["hours"] = round(seconds / 3600, 4)
-            line["gb"] = round(times * disk * row["disk_mb"] / 1000, 4)
-        table.append(line)
+    images = sum(counts[0]) + counts[1] + counts[2]
+    table = [line_of("read images", "read images", rows, {"images": images}, 0, 1)]
+    for command in commands:
+        synthetic = getattr(command.settings, "synthetic", command.words[0] != "data/embed.py")
+        table.append(line_of(command.title, command.row, rows,
+                             *amounts_of(command, commands, counts, assumed),
+                             model_seeds if synthetic else 1))
     return table
+
+
+def line_of(title, name, rows, amounts, disk, times):
+    """A row of projection.csv: `times` the amounts at the rates of the row `name`."""
+    row, line = rows[name], {"stage": title, "measured": name}
+    amounts = {"runs": 1, "units": 0, "steps": 0, "images": 0} | amounts
+    line |= {what: times * count for what, count in amounts.items()} | {"hours": "", "gb": ""}
+    if row["result"] == "ok":
+        seconds = sum(line[what] * row[each] for each, what in EVERY.items())
+        line["hours"] = round(seconds / 3600, 4)
+        line["gb"] = round(times * disk * row["disk_mb"] / 1000, 4)
+    return line
 
 
 def scaling(table, devices):
