@@ -1,6 +1,6 @@
 # Clustered DreamBooth. `make` runs the experiment, `make help` lists targets and settings.
 # ---- settings: the command line wins over data/<dataset>.mk, which wins over these --------------
-DATASET      ?= digits
+DATASET      ?= $(if $(filter base,$(MAKECMDGOALS)),printed,digits)
 -include data/$(DATASET).mk
 LOADER       ?= $(DATASET)
 BIAS         ?= 0.95
@@ -10,6 +10,7 @@ REFERENCES   ?= erm groupdro
 SEEDS        ?= 0 1 2
 MODEL_SEEDS  ?= 0
 BASE         ?= base/miniature
+NEW_BASE     ?= base/$(DATASET)
 CLIP         ?= $(BASE)/clip
 K            ?= auto
 MODES        ?= auto
@@ -111,6 +112,8 @@ $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, wh
 $(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
   $(RUN)/ablations/*/config.json) $(GOALS:%=%/config.json)
 	$(PY) evaluation/report.py --run $(RUN) --data $(DATA) --out $@
+base: $(DATA)/config.json
+	$(PY) base/pretrain.py --data $(DATA) $(PRETRAIN) $(CACHED) --out $(NEW_BASE)
 results: $(RUN)/results/config.json
 ablations: $(foreach a,$(ABLATIONS) synthetic,$(RUN)/ablations/$a/config.json)
 failures: $(RUN)/failures/config.json

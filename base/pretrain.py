@@ -1,115 +1,109 @@
-"""Trains the miniature base model: a Stable Diffusion pipeline and a CLIP, both small, from scratch.
+"""Trains a base model from scratch: a small Stable Diffusion and a small CLIP, on your images.
 
-    python base/pretrain.py --out base/miniature
-    python base/pretrain.py --vae-steps 2 --clip-steps 2 --unet-steps 2 --out /tmp/base     (seconds; a smoke test)
+    python base/pretrain.py --data data/printed --out base/miniature
+    python base/pretrain.py --data data/faces-natural --size 64 --out base/faces
 
-They learn *printed* digits, in the fonts that matplotlib ships, on backgrounds of eight colours,
-with captions at several levels (which digit, odd or even, which colour), and never see handwriting:
-they relate to our handwritten digits as a model of images from the web relates to Waterbirds.
+A base should know the domain, faces or x-rays, and need not know the groups: finetune.py and
+generate.py take it by --base, and its CLIP by --clip. base/miniature has seen *printed* digits
+only. It relates to our handwritten ones as a model of images from the web relates to Waterbirds.
 
-Writes OUT in the layout of diffusers (`StableDiffusionPipeline.from_pretrained(OUT)`), with the
-CLIP in OUT/clip (`CLIPModel.from_pretrained(OUT/clip)`), and two sheets to look at: OUT/printed.png
+Reads DATA (split train) with its captions, the columns named by --captions. Writes OUT in the
+layout of diffusers (`StableDiffusionPipeline.from_pretrained(OUT)`), the CLIP in OUT/clip
+(`CLIPModel.from_pretrained(OUT/clip)`), OUT/loss.csv, and to look at: OUT/loss.png, OUT/real.png
 (training images) and OUT/samples.png (images of the model).
 """
 
+import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
-from common import files, imagefolder, made, models, stage
+from base import training
+from common import compute, files, imagefolder, made, models, pixels, stage
+from common.files import InputError
 
-np = stage.lazy("numpy")
 torch = stage.lazy("torch")
 # diffusers and transformers take seconds to import, so the functions that need them import them
 
-SIZE = 32
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = {"red": (200, 50, 45), "green": (50, 160, 65), "blue": (50, 80, 200), "yellow": (205, 185, 45),
-           "purple": (140, 55, 170), "cyan": (40, 170, 180), "orange": (225, 125, 35), "grey": (120, 120, 120)}
-CAPTIONS = (  # from the most to the least that a caption tells
-    "a photo of the digit {digit} on a {colour} background",
-    "a photo of an {parity} digit on a {colour} background",
-    "a photo of the digit {digit}",
-    "a photo of an {parity} digit",
-    "a photo of a digit on a {colour} background",
-)
-SHARES = (0.35, 0.35, 0.1, 0.1, 0.1)  # of the captions that the UNet learns from
 TOKENS = 48  # a caption's greatest length in tokens, the first and the last included
+BATCH = {"clip": 128, "vae": 32, "unet": 64}  # images a step
+RATE = {"clip": 1e-3, "vae": 2e-3, "unet": 2e-3}  # learning rates, after warm-up
+
+# ----------------------------------------------------------------------------------- the networks
 
 
-# --------------------------------------------------------------------------------------- the printed digits
+def make_clip(tokenizer, args):
+    from transformers import CLIPConfig, CLIPModel
+
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id}
+    text_width, image_width = args.clip_widths
+    text = {"vocab_size": len(tokenizer), "hidden_size": text_width, "projection_dim": 64,
+            "intermediate_size": 4 * text_width, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": TOKENS, **ends}
+    vision = {"image_size": args.size, "patch_size": 8, "hidden_size": image_width,
+              "intermediate_size": 2 * image_width, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "projection_dim": 64}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    words = clip.text_model.embeddings.token_embedding
+    words.weight.data.mul_(20)  # far apart, so that words are told apart at once
+    return clip
 
 
-def digit_fonts():
-    """Paths of matplotlib's fonts that draw the ten digits upright on the line (others draw blanks or symbols)."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
+def make_vae(args):
+    from diffusers import AutoencoderKL
 
-    fonts = sorted(Path(matplotlib.get_data_path(), "fonts/ttf").glob("*.ttf"))
-    symbols = ("LastResort", "STIXSiz", "STIXNonUni", "cmex", "cmsy", "cmmi", "Display")
-    return [font for font in fonts if not font.name.startswith(symbols) and "Display" not in font.name
-            and all(ord(digit) in FT2Font(str(font)).get_charmap() for digit in "0123456789")]
-
-
-def printed_digits(count, seed):
-    """Returns images (count, 3, 32, 32) float in [-1, 1] and their (digit, colour), each an index (count, 2)."""
-    fonts = [ImageFont.truetype(str(path), 48) for path in digit_fonts()]
-    rng = np.random.default_rng(seed)
-    palette = np.array(list(COLOURS.values()))
-    labels = np.stack([np.arange(count) % len(DIGITS), rng.integers(len(COLOURS), size=count)], axis=1)
-    images = np.empty((count, SIZE, SIZE, 3), np.float32)
-    for image, (digit, colour) in zip(images, labels):
-        glyph = Image.new("L", (96, 96))
-        ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, fonts[rng.integers(len(fonts))], anchor="mm")
-        angle, shear = np.deg2rad(rng.uniform(-7, 7)), rng.uniform(-0.1, 0.1)
-        wide, high = rng.uniform(1.3, 1.8), rng.uniform(1.35, 1.6)  # pixels of the glyph a pixel of the image
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        matrix = turn @ np.array([[wide, shear * wide], [0, high]])
-        offset = 48 - matrix @ (SIZE / 2 + rng.uniform(-1.5, 1.5, size=2))
-        coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-        ink = np.asarray(glyph.transform((SIZE, SIZE), Image.AFFINE, coefficients, Image.BICUBIC), float) / 255
-        background = palette[colour] + rng.integers(-25, 26, size=3)
-        image[:] = (1 - ink[..., None]) * background + ink[..., None] * 245
-    images = torch.from_numpy(images.clip(0, 255)).permute(0, 3, 1, 2) / 127.5 - 1
-    return images.contiguous(), torch.from_numpy(labels)
+    levels = len(args.vae_widths)
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * levels,
+                         up_block_types=("UpDecoderBlock2D",) * levels,
+                         block_out_channels=args.vae_widths, layers_per_block=1,
+                         norm_num_groups=8, latent_channels=4, sample_size=args.size)
 
 
-def caption(level, digit, colour):
-    return CAPTIONS[level].format(digit=DIGITS[digit], colour=list(COLOURS)[colour], parity=("even", "odd")[digit % 2])
+def make_unet(args):
+    from diffusers import UNet2DConditionModel
+
+    attending = len(args.unet_widths) - 1
+    return UNet2DConditionModel(
+        sample_size=args.size // 2 ** (len(args.vae_widths) - 1),
+        block_out_channels=args.unet_widths, layers_per_block=1,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attending,
+        up_block_types=("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",),
+        cross_attention_dim=args.clip_widths[0], attention_head_dim=4, norm_num_groups=4)
 
 
-# ----------------------------------------------------------------------------------------------- the models
-
-
-def make_tokenizer(out):
-    """A CLIPTokenizer that knows the captions' words whole and spells any other word byte by byte."""
+def make_tokenizer(out, texts):
+    """A CLIPTokenizer that knows the texts' words whole and spells any other word in bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    words = sorted({word for text in CAPTIONS for word in text.split() if "{" not in word}
-                   | {*DIGITS, *COLOURS, "even", "odd"})
     letters = sorted(ByteLevel.alphabet())
-    merges = byte_pairs(words)
-    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    out.mkdir(parents=True)
+    merges = byte_pairs(sorted({word for text in texts for word in text.lower().split()}))
+    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(p) for p in merges]
     tokens = dict.fromkeys((*vocabulary, "<|startoftext|>", "<|endoftext|>"))
+    out.mkdir(parents=True)
     (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (out / "merges.txt").write_text("\n".join(lines) + "\n")
     return CLIPTokenizer.from_pretrained(out, model_max_length=TOKENS)
 
 
 def byte_pairs(words):
     """Merges that make each word one token (Sennrich et al. 2016, algorithm 1).
 
-    Not by the library's BpeTrainer: it breaks ties in another order in every process, and with them our seed.
+    Not by the library's BpeTrainer: it breaks ties in another order in every process.
     """
-    pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in words], []
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
-        merges.append(best := min(pairs, key=lambda pair: (-pairs[pair], pair)))
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    spelling, merges = ByteLevel(add_prefix_space=False, use_regex=False), []
+    spelt = [spelling.pre_tokenize_str(word)[0][0] for word in words]
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in spelt]
+    while pairs := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
         for word in pieces:
             for i in range(len(word) - 1, 0, -1):
                 if (word[i - 1], *word[i:i + 1]) == best:
@@ -117,193 +111,295 @@ def byte_pairs(words):
     return merges
 
 
-def make_clip(tokenizer):
-    from transformers import CLIPConfig, CLIPModel
-
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": 64, **ends}
-    vision = {"image_size": SIZE, "patch_size": 8, "hidden_size": 96, "intermediate_size": 192,
-              "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+# ----------------------------------------------------------------------------------- the training
 
 
-def make_vae():
-    from diffusers import AutoencoderKL
+@dataclass
+class Examples:
+    """The training images and what their captions say."""
 
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                         block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
-                         latent_channels=4, sample_size=SIZE)
+    pixels: pixels.Pixels
+    flip: bool  # whether they are seen in a mirror, too
+    texts: list  # distinct captions; the first one is empty
+    captions: object  # (N, columns) int: which of the texts each column of an image holds
 
-
-def make_unet():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(sample_size=SIZE // 4, block_out_channels=(48, 96), layers_per_block=1,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                cross_attention_dim=64, attention_head_dim=4, norm_num_groups=4)
-
-
-# ---------------------------------------------------------------------------------------------- the training
+    def images(self, indices, device):
+        """(B, 3, size, size) float in [-1, 1]."""
+        images = self.pixels[indices].to(device) / 127.5 - 1
+        mirrored = torch.rand(len(images), 1, 1, 1, device=device) < 0.5 * self.flip
+        return torch.where(mirrored, images.flip(3), images)
 
 
-def optimise(name, model, loss_of, steps, rate):
-    """Minimises loss_of(step) over the model's weights: AdamW, linear warm-up, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
-    model.train()
-    bar = imagefolder.progress(range(steps), name, "step")
-    for step in bar:
-        loss = loss_of(step)
+def clip_loss(clip, tokens, examples, column, device):
+    """Contrastive (Radford et al. 2021, section 2.3).
+
+    The captions of a batch are all of one column, so that no caption is true of an image that it
+    counts against; images with the same caption share it. tokens: of all texts.
+    """
+    batch = torch.randint(len(examples.captions), (BATCH["clip"],))
+    distinct, target = examples.captions[batch, column].unique(return_inverse=True)
+    owners = torch.nn.functional.one_hot(target, len(distinct)).T.float()
+    owners = (owners / owners.sum(1, keepdim=True)).to(device)  # a caption's images, equally
+    shown = {name: values[distinct].to(device) for name, values in tokens.items()}
+    out = clip(pixel_values=examples.images(batch, device), **shown)
+    per_text = -(owners * out.logits_per_text.log_softmax(1)).sum(1).mean()
+    per_image = torch.nn.functional.cross_entropy(out.logits_per_image, target.to(device))
+    return (per_image + per_text) / 2
+
+
+def vae_loss(vae, examples, device):
+    """Absolute errors of the pixels and of their differences to the next ones, which keeps edges.
+
+    And a touch of KL (Rombach et al. 2022, section 3.1; they add a discriminator).
+    """
+    batch = examples.images(torch.randint(len(examples.captions), (BATCH["vae"],)), device)
+    latents = vae.encode(batch).latent_dist
+    error = vae.decode(latents.sample()).sample - batch
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + edges + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+
+
+def unet_loss(unet, scheduler, moments, prompts, captions, device):
+    """Predicts the velocity (Salimans & Ho 2022, appendix D); one caption in ten is empty.
+
+    A network this small can't copy the noise exactly, so that from predicted noise the first steps
+    of sampling would see nothing of the caption.
+
+    moments: mean and std of the latents, each (N, 4, h, w), of deviation 1 together. prompts:
+    (texts, TOKENS, D).
+    """
+    count = BATCH["unet"]
+    batch = torch.randint(len(moments[0]), (count,))
+    texts = captions[batch % len(captions), torch.randint(captions.shape[1], (count,))]
+    texts[torch.rand(count) < 0.1] = 0
+    mean, std = (part[batch].to(device) for part in moments)
+    latents = mean + std * torch.randn_like(mean)
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), device=device)
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicted = unet(noisy, timesteps, prompts[texts]).sample
+    return torch.nn.functional.mse_loss(predicted.float(), velocity)
+
+
+def train(name, model, loss_of, work, key, accelerator, args):
+    """Minimises loss_of(step) over the model's weights: AdamW, linear warm-up, cosine decay.
+
+    The seed and the step determine a step's random draws, so that a killed run resumes exactly.
+    Returns the loss curve, as training.Checkpoint keeps it.
+    """
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    steps = getattr(args, f"{name}_steps")
+    model.train().to(accelerator.device, memory_format=torch.channels_last)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=RATE[name], weight_decay=0.01, fused=True)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10,
+                             num_training_steps=steps)
+    ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and name == "unet" else None
+    checkpoint = training.Checkpoint(work / name, key, weights, optimizer, schedule, ema)
+    curve = checkpoint.load()
+    for step in imagefolder.progress(range(len(curve), steps), name, "step", initial=len(curve),
+                                     total=steps):
+        torch.manual_seed(stage.seed_of(args.seed, name, step))
+        with accelerator.autocast():
+            loss = loss_of(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        curve.append({"step": step, "loss": round(loss.item(), 6),
+                      "learning_rate": schedule.get_last_lr()[0]})
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % 50 == 49 or step == steps - 1:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    print(f"{name}: {steps} steps, loss {loss.item():.3f}", flush=True)
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.step(weights)
+        if len(curve) % 500 == 0 or len(curve) == steps:
+            checkpoint.save(curve)
+    if ema:
+        ema.copy_to(weights)
     model.eval().requires_grad_(False)
+    last = [row["loss"] for row in curve[-50:]]
+    print(f"{name}: {steps} steps, loss {sum(last) / len(last):.4f}", flush=True)
+    return curve
 
 
-def train_clip(clip, tokenizer, images, labels, steps, rate):
-    """Contrastive training (Radford et al. 2021, section 2.3).
-
-    The captions of a batch are all of one level, so that no caption is true of an image that it counts against;
-    images with the same caption share it. The first quarter of the steps only names digits: with all levels from
-    the start the towers settle on the colour and stay there (zero-shot accuracy on printed digits 0.51, not 0.96).
-    """
-    clip.text_model.embeddings.token_embedding.weight.data.mul_(20)  # far apart, so that words are told apart at once
-
-    def loss_of(step):
-        level = 2 if step < steps // 4 else max(0, int(torch.randint(-2, len(CAPTIONS), ())))
-        batch = torch.randint(len(images), (128,))
-        captions = [caption(level, *labels[i].tolist()) for i in batch]
-        distinct = sorted(set(captions))
-        tokens = tokenizer(distinct, padding="max_length", return_tensors="pt")
-        out = clip(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=images[batch])
-        target = torch.tensor([distinct.index(text) for text in captions])
-        owners = torch.nn.functional.one_hot(target, len(distinct)).T.float()
-        owners = owners / owners.sum(1, keepdim=True)  # (captions, images): each caption's own images, equally
-        per_text = -(owners * out.logits_per_text.log_softmax(1)).sum(1).mean()
-        return torch.nn.functional.cross_entropy(out.logits_per_image, target) / 2 + per_text / 2
-
-    optimise("clip", clip, loss_of, steps, rate)
+@torch.no_grad()
+def encode(vae, examples, device):
+    """Mean and std of the latents of all images (and of their mirror images), on the CPU."""
+    found = []
+    for mirror in (False, True)[:1 + examples.flip]:
+        batches = torch.arange(len(examples.captions)).split(64)
+        for batch in imagefolder.progress(batches, "encode", "batch"):
+            images = examples.pixels[batch].to(device) / 127.5 - 1
+            posterior = vae.encode(images.flip(3) if mirror else images).latent_dist
+            found.append((posterior.mean.cpu(), posterior.std.cpu()))
+    return [torch.cat(part) for part in zip(*found)]
 
 
-def train_vae(vae, images, steps, rate):
-    """Absolute error of the reconstruction and a touch of KL (Rombach et al. 2022, section 3.1, no discriminator)."""
-    def loss_of(step):
-        batch = images[torch.randint(len(images), (32,))]
-        latents = vae.encode(batch).latent_dist
-        error = (vae.decode(latents.sample()).sample - batch).abs().mean()
-        return error + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
-
-    optimise("vae", vae, loss_of, steps, rate)
-
-
-def train_unet(unet, scheduler, latents, prompts, labels, steps, rate):
-    """Predicts the velocity (Salimans & Ho 2022, appendix D); one caption in ten is empty, for guidance.
-
-    A network this small can't copy the noise exactly, so that from predicted noise the first steps of sampling see
-    nothing of the caption: after 500 steps the error of the image at timestep 900 was 11.4, with velocity it is 0.23.
-
-    latents: (N, 4, 8, 8), scaled to deviation 1. prompts: {(level, digit, colour) or None: (TOKENS, 64)}.
-    """
-    def loss_of(step):
-        batch = torch.randint(len(latents), (64,))
-        levels = torch.multinomial(torch.tensor(SHARES), 64, replacement=True)
-        levels[torch.rand(64) < 0.1] = -1
-        embeds = torch.stack([prompts[(level, *label)] if level >= 0 else prompts[None]
-                              for level, label in zip(levels.tolist(), labels[batch].tolist())])
-        noise = torch.randn(64, *latents.shape[1:])
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (64,))
-        noisy = scheduler.add_noise(latents[batch], noise, timesteps)
-        velocity = scheduler.get_velocity(latents[batch], noise, timesteps)
-        return torch.nn.functional.mse_loss(unet(noisy, timesteps, embeds).sample, velocity)
-
-    optimise("unet", unet, loss_of, steps, rate)
-
-
-def to_pil(images):
-    """(N, 3, H, W) float in [-1, 1] -> PIL images."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image) for image in pixels]
+# --------------------------------------------------------------------------------------- the stage
 
 
 def main(argv=None):
     args = parse(argv)
     stage.begin(args)
-    key = files.digest(made.settings_of(args), made.code_digest(__file__))
+    rows = imagefolder.read_metadata(args.data, "train")
+    missing = [column for column in args.captions if column not in rows[0]]
+    if missing:
+        raise InputError(f"--captions {missing[0]}", f"is no column of {args.data}/metadata.csv",
+                         f"it has {', '.join(rows[0])}")
+    key = files.digest(made.settings_of(args), imagefolder.digest(args.data, rows),
+                       made.code_digest(__file__, training.Checkpoint, imagefolder.load_image))
     if stage.is_made(args, key):
         return
+    models.silence_libraries()
+    accelerator = compute.accelerator(args.device, args.precision)
+    examples = examples_of(rows, args)
+    work = made.unfinished(args.out.parent, args.out.name)
+    with files.replacing(args.out) as out:
+        pipe, clip, curves = pretrain(examples, out, work, key, accelerator, args)
+        save(out, pipe, clip, args)
+        save_curves(out, curves)
+        save_sheets(out, pipe.to(accelerator.device, torch.float32), rows, args)
+        stage.finish(out, args, key)
+    files.remove(work)
 
+
+def examples_of(rows, args):
+    texts = {"": 0}
+    captions = [[texts.setdefault(row[column], len(texts)) for column in args.captions]
+                for row in rows]
+    shown = pixels.Pixels(args.data, rows, args.size, args.cache)
+    return Examples(shown, args.flip, list(texts), torch.tensor(captions))
+
+
+def pretrain(examples, out, work, key, accelerator, args):
+    """Trains CLIP, the VAE, and the UNet on their text embeddings and latents.
+
+    Returns the pipeline, the CLIP, and {network: its loss curve}.
+    """
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    device, curves = accelerator.device, {}
+    tokenizer = make_tokenizer(out / "tokenizer", examples.texts)
+    longest = max(examples.texts, key=lambda text: len(tokenizer(text).input_ids))
+    models.token_ids(tokenizer, [longest])  # raises InputError
+    tokens = tokenizer(examples.texts, padding="max_length", return_tensors="pt")
+    torch.manual_seed(stage.seed_of(args.seed, "networks"))
+    clip, vae, unet = make_clip(tokenizer, args), make_vae(args), make_unet(args)
+    first = args.captions.index(args.clip_first)
+
+    def clip_loss_at(step):
+        column = int(torch.randint(len(args.captions), ()))
+        return clip_loss(clip, tokens, examples, first if step < args.clip_steps // 4 else column,
+                         device)
+
+    curves["clip"] = train("clip", clip, clip_loss_at, work, key, accelerator, args)
+    curves["vae"] = train("vae", vae, lambda step: vae_loss(vae, examples, device), work, key,
+                          accelerator, args)
+    mean, std = encode(vae, examples, device)
+    scale = 1 / (mean.var() + std.pow(2).mean()).sqrt().item()
+    vae.register_to_config(scaling_factor=scale)
+    moments = mean * scale, std * scale
+    parts = [clip.text_model(part.to(device)).last_hidden_state
+             for part in tokens.input_ids.split(64)]
+    prompts = torch.cat(parts)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        prediction_type="v_prediction", timestep_spacing="trailing")
+    training_scheduler = DDPMScheduler.from_config(scheduler.config)
+    curves["unet"] = train("unet", unet, lambda step: unet_loss(
+        unet, training_scheduler, moments, prompts, examples.captions, device),
+        work, key, accelerator, args)
+    pipe = StableDiffusionPipeline(vae, clip.text_model, tokenizer, unet, scheduler,
+                                   safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
+    return pipe, clip, curves
+
+
+def save(out, pipe, clip, args):
+    """In 16 bits: they are enough, and half to download."""
     from transformers import CLIPImageProcessor, CLIPProcessor
 
-    models.silence_libraries()
-    torch.manual_seed(args.seed)
-    images, labels = printed_digits(args.images, args.seed)
-    with files.replacing(args.out) as out:
-        tokenizer = make_tokenizer(out / "tokenizer")
-        clip = make_clip(tokenizer)
-        train_clip(clip, tokenizer, images, labels, args.clip_steps, 1e-3)
+    pipe.to("cpu", torch.float16).save_pretrained(out)
+    processor = CLIPImageProcessor(size={"shortest_edge": args.size}, crop_size=args.size,
+                                   image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    CLIPProcessor(processor, pipe.tokenizer).save_pretrained(out / "clip")
+    clip.cpu().half().save_pretrained(out / "clip")
+    for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
+        text = config.read_text().replace('"float16"', '"float32"')
+        config.write_text(text)  # what transformers computes in
 
-        vae = make_vae().to(memory_format=torch.channels_last)
-        train_vae(vae, images, args.vae_steps, 2e-3)
-        moments = [vae.encode(batch).latent_dist for batch in imagefolder.progress(images.split(64), "encode", "batch")]
-        latents = torch.cat([moment.sample() for moment in moments])
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
 
-        texts = {None: ""} | {(level, digit, colour): caption(level, digit, colour) for level in range(len(CAPTIONS))
-                              for digit in range(len(DIGITS)) for colour in range(len(COLOURS))}
-        tokens = tokenizer(list(texts.values()), padding="max_length", return_tensors="pt")
-        prompts = dict(zip(texts, clip.text_model(tokens.input_ids).last_hidden_state))
-        scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                                prediction_type="v_prediction", timestep_spacing="trailing",
-                                                steps_offset=1)
-        unet = make_unet().to(memory_format=torch.channels_last)
-        train_unet(unet, DDPMScheduler.from_config(scheduler.config), latents * vae.config.scaling_factor, prompts,
-                   labels, args.unet_steps, 2e-3)
+def save_curves(out, curves):
+    """loss.csv and loss.png: means of 1 % of each network's steps."""
+    from matplotlib.figure import Figure
 
-        pipe = StableDiffusionPipeline(vae, clip.text_model, tokenizer, unet, scheduler, safety_checker=None,
-                                       feature_extractor=None, requires_safety_checker=False)
-        pipe.to(torch.float16).save_pretrained(out)  # 16 bits are enough, and half to download
-        processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=[0.5] * 3,
-                                       image_std=[0.5] * 3)
-        CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
-        clip.half().save_pretrained(out / "clip")
-        for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
-            config.write_text(config.read_text().replace('"float16"', '"float32"'))  # what transformers computes in
-        save_sheets(out, pipe.to(torch.float32), images, labels, args.samples)
-        stage.finish(out, args, key)
+    rows, figure = [], Figure(figsize=(9, 2.5), layout="constrained")
+    for name, axes in zip(curves, figure.subplots(1, len(curves))):
+        losses = torch.tensor([row["loss"] for row in curves[name]])
+        parts = losses.split(max(1, len(losses) // 100))
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+        means = [round(part.mean().item(), 6) for part in parts]
+        rows += [{"network": name, "step": end, "loss": mean} for end, mean in zip(ends, means)]
+        axes.loglog(ends, means)
+        axes.set(title=name, xlabel="step", ylabel="loss")
+    files.write_csv(out / "loss.csv", rows)
+    figure.savefig(out / "loss.png", dpi=100, metadata={"Software": None})
+
+
+def save_sheets(out, pipe, rows, args):
+    """real.png: training images. samples.png: images of the model with the same captions."""
+    texts = {}
+    for column in dict.fromkeys(args.captions):
+        shown = sorted({row[column] for row in rows})
+        for text in shown[::-(-len(shown) // 8) or 1]:
+            texts[text] = [row for row in rows if row[column] == text][:args.samples]
+    real = [[imagefolder.load_image(args.data / row["file_name"], args.size) for row in mine]
+            for mine in texts.values()]
+    pipe.set_progress_bar_config(disable=True)
+    drawn = [pipe(text, num_images_per_prompt=args.samples, num_inference_steps=20,
+                  guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+             for text in texts]
+    for name, sheet in (("real", real), ("samples", drawn)):
+        imagefolder.contact_sheet(sheet, list(texts)).save(out / f"{name}.png")
 
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    count = stage.number(int, 1)
-    parser.add_argument("--images", type=count, default=12000, help="printed digits to draw")
-    parser.add_argument("--vae-steps", type=count, default=400, help="steps of 32 images")
-    parser.add_argument("--clip-steps", type=count, default=800, help="steps of 128 images")
-    parser.add_argument("--unet-steps", type=count, default=1200, help="steps of 64 images")
-    parser.add_argument("--samples", type=count, default=16, help="images per row of the two sheets")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args(argv)
-
-
-def save_sheets(out, pipe, images, labels, width):
-    """printed.png: training images. samples.png: a row of images per caption, digits and then parities."""
-    rows = [to_pil(images[labels[:, 0] == digit][:width]) for digit in range(len(DIGITS))]
-    imagefolder.contact_sheet(rows, DIGITS).save(out / "printed.png")
-    prompts = [caption(0, digit, digit % len(COLOURS)) for digit in range(len(DIGITS))]
-    prompts += [caption(1, parity, colour) for parity in (0, 1) for colour in (0, 1)]
-    pipe.set_progress_bar_config(disable=True)
-    rows = [pipe(prompt, num_images_per_prompt=width, num_inference_steps=20, guidance_scale=3.0,
-                 generator=torch.Generator().manual_seed(0)).images for prompt in prompts]
-    imagefolder.contact_sheet(rows, [prompt.removeprefix("a photo of ") for prompt in prompts]).save(out / "samples.png")
+    count, share = stage.number(int, 1), stage.number(float, 0, 1)
+    add = parser.add_argument_group("data and size").add_argument
+    add("--data", type=Path, required=True, help="prepared dataset folder")
+    add("--captions", nargs="+", default=["text", "class_text"], help="columns of captions; one "
+        "is taken at random, one that is named twice twice as often")
+    add("--clip-first", help="the column from which CLIP learns in the first quarter of its "
+        "steps, so that what is hard to see is not lost behind what is easy; default: the last")
+    add("--flip", action=stage.Flag, default=False, help="mirrored images are as good")
+    add("--size", type=count, default=32, help="of the images, in pixels")
+    add("--vae-widths", type=count, nargs="+", default=[16, 32, 64],
+        help="channels of each level; a level more halves the latents")
+    add("--unet-widths", type=count, nargs="+", default=[48, 96],
+        help="channels of each level; all but the first have attention")
+    add("--clip-widths", type=count, nargs=2, default=[64, 96], help="of text and image")
+    add("--out", type=Path, required=True, help="folder to write")
+    how = parser.add_argument_group("training")
+    add = how.add_argument
+    for name, steps in (("clip", 2500), ("vae", 2500), ("unet", 8000)):
+        add(f"--{name}-steps", type=count, default=steps, help=f"of {BATCH[name]} images")
+    add("--ema-decay", type=share, default=0.999, help="of the UNet's averaged weights; 0: off")
+    add("--samples", type=count, default=16, help="images per row of the two sheets")
+    add("--seed", type=int, default=0, help="seed of all random draws")
+    pixels.add_flag(how)
+    compute.add_flags(how)
+    args = parser.parse_args(argv)
+    args.clip_first = args.clip_first or args.captions[-1]
+    if args.clip_first not in args.captions:
+        raise InputError(f"--clip-first {args.clip_first}", "is none of --captions", "name one")
+    smallest = max(8, 2 ** (len(args.vae_widths) + len(args.unet_widths) - 2))
+    if args.size % smallest:
+        raise InputError(f"--size {args.size}", f"is no multiple of {smallest}",
+                         "use fewer levels or another size")
+    return args
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ DREAMBOOTH    ?= --steps 120 --batch 16 --learning-rate 3e-4 --schedule cosine
 CLUSTERED     ?= --steps 60
 COMPOSITIONAL ?= --steps 300 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
 GENERATE      ?= --steps 10 --guidance-scale 1 --batch 32 --rare own
-# Trains base/miniature again, on printed digits.
-base: .venv/installed
-	$(PY) base/pretrain.py $(PRETRAIN) --out base/miniature
 # One process per core, one thread each: results do not depend on the number of cores, and two
 # processes with one thread each are faster than one with two. A -j of your own takes precedence,
 # and LAUNCH starts processes by itself.
