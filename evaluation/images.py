@@ -279,6 +279,28 @@ def set_row(method, rows, embeddings, table, prompts):
     return rounded(line | rounded({"kid": line["kid"]}, 4), 3)
 
 
+def unfit(line, real, classes):
+    """A sentence if a set, usually vanilla, shows that its base model does not know such images.
+
+    Either its images cover less than a tenth of the held-out images that the real training images
+    cover, or CLIP recognises the class in no more of them than by chance (two standard
+    deviations). line, real: of set_row(); classes: their number.
+    """
+    faults, count, chance = [], line["images"], 1 / classes
+    if line["coverage"] != "" and float(line["coverage"]) < 0.1 * float(real["coverage"] or 0):
+        faults.append(f"they cover {line['coverage']} of the held-out images (real training "
+                      f"images: {real['coverage']})")
+    expected = chance + 2 * (chance * (1 - chance) / count) ** 0.5
+    if classes > 1 and float(line["clip_class"]) <= expected:
+        faults.append(f"CLIP recognises the class in {line['clip_class']} of them (chance: "
+                      f"{chance:.3f})")
+    if not faults:
+        return ""
+    return (f"The base model or CLIP does not know images like these, as those of {line['method']} "
+            f"show: {' and '.join(faults)}. Choose another (BASE=, CLIP=), or train one on images "
+            "of this kind (make base, see README).")
+
+
 def save_closest(path, rows, source, embeddings, data, train, train_embeddings, titles):
     """The 12 closest pairs per group: synthetic images, and below each its nearest of training."""
     lines, labels = [], []
@@ -357,12 +379,19 @@ def main(argv=None):
             table.append(set_row(source.name, rows, embeddings, mine, its_prompts))
             save_closest(out / f"{source.name}.png", rows, source, embeddings, args.data,
                          *of["train"], names)
+        plain = {source.name for source in sets if files.read_json(
+            source / "config.json").get("arguments", {}).get("models", "") is None}  # vanilla
+        classes = len({row["y"] for row in everything})
+        notes = [unfit(line, table[0], classes) for line in table if line["method"] in plain]
+        notes = [note for note in notes if note]
+        if notes:
+            print(*notes, sep="\n")
         costs = [cost(source) for source in sets]
         for name, lines in (("groups", groups), ("synthetic", table), ("cost", costs)):
             files.write_csv(out / f"{name}.csv", lines)
-        (out / "images.md").write_text(f"The synthetic images. {MEASURES}\n\n{markdown(table)}\n"
-                                       f"{markdown(costs)}", encoding="utf-8")
-        stage.finish(out, args, key)
+        text = "\n\n".join((f"The synthetic images. {MEASURES}", *notes, markdown(table)))
+        (out / "images.md").write_text(f"{text}\n{markdown(costs)}", encoding="utf-8")
+        stage.finish(out, args, key, notes=notes)
 
 
 def markdown(rows):

@@ -150,6 +150,7 @@ def main(argv=None):
         absent=rows[0]["groups"] if tested < known else "",
         accuracies=accuracies_table(results, images, sizes, titles), explanation=MEASURES,
         measures=files.read_csv(images / "synthetic.csv", TODO) if images.is_dir() else [],
+        notes=files.read_json(images / "config.json").get("notes", []),
         ablations=ablations, clusters=clusters, costs=costs_table(args.run),
         settings=settings_of(args.run))
     with files.replacing(args.out) as hidden:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, slow
 
+from common import files
 from evaluation import images
 from evaluation.images import (claims, generator_leakage, group_rows, kernel_distance, precision_recall_density_coverage,
-                               real_gap, too_near)
+                               real_gap, too_near, unfit)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,16 @@ def test_what_the_probes_cannot_measure_is_left_empty():
     assert [(row["leakage"], row["real_gap"] != "") for row in table] == [("", True), ("", True), ("", False), ("", False)]
 
 
+def test_a_base_that_does_not_know_the_images_is_told():
+    real = {"method": "real", "images": 1000, "coverage": "0.500", "clip_class": "0.900"}
+    good = {"method": "vanilla", "images": 1000, "coverage": "0.051", "clip_class": "0.540"}
+    assert unfit(good, real, 2) == "" and unfit(good | {"coverage": ""}, real, 2) == ""
+    assert "they cover 0.049 of the held-out images (real training images: 0.500). Choose another" in unfit(
+        good | {"coverage": "0.049"}, real, 2)
+    assert "CLIP recognises the class in 0.530 of them (chance: 0.500)" in unfit(good | {"clip_class": "0.530"}, real, 2)
+    assert unfit(good | {"clip_class": "1.000"}, real, 1) == ""
+
+
 def test_a_synthetic_set_is_measured_against_held_out_images(base, dataset, embeddings, vanilla, tmp_path):
     shutil.copytree(dataset, tmp_path / "copies")
     args = ("evaluation/images.py", "--data", dataset, "--embeddings", embeddings, "--synthetic", vanilla, tmp_path / "copies",
@@ -187,6 +198,17 @@ def test_a_synthetic_set_is_measured_against_held_out_images(base, dataset, embe
     text = (tmp_path / "images" / "images.md").read_text()
     assert f"| vanilla | 20 | 0.000 | {drawn['kid']} |" in text and "| vanilla | 0 |" in text and "leakage: accuracy of" in text
     assert "up to date" in run(*args)
+
+
+def test_the_log_the_tables_and_the_record_tell_of_a_base_that_draws_something_else(base, dataset, embeddings, vanilla, tmp_path):
+    shutil.copytree(vanilla, tmp_path / "swapped")
+    rows = files.read_csv(vanilla / "metadata.csv")
+    files.write_csv(tmp_path / "swapped" / "metadata.csv", [row | {"y": 1 - int(row["y"])} for row in rows])
+    said = run("evaluation/images.py", "--data", dataset, "--embeddings", embeddings, "--synthetic", tmp_path / "swapped",
+               "--clip", base / "clip", "--out", tmp_path / "images")
+    [note] = files.read_json(tmp_path / "images" / "config.json")["notes"]
+    assert note.startswith("The base model or CLIP does not know images like these, as those of swapped show: ")
+    assert note in said and note in (tmp_path / "images" / "images.md").read_text()
 
 
 def test_what_the_filter_left_out_is_rejected_and_what_completes_a_batch_is_not(base, dataset, embeddings, tmp_path):
