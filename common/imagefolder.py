@@ -29,16 +29,16 @@ LABELS = 10_000  # a column with more classes or attributes than that holds some
 # --------------------------------------------------------------------------------------- metadata
 
 
-def read_table(path, required):
+def read_table(path, required, encoding="utf-8-sig", separator=","):
     """The rows, as dicts of str, of a csv of the user's that has the required columns.
 
     Raises InputError if it is malformed.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+        with open(path, encoding=encoding, newline="") as file:
+            reader = csv.DictReader(file, strict=True, delimiter=separator)
             rows, columns = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeError) as error:
         raise InputError(path, f"is not a csv in UTF-8: {error}", "save it as UTF-8 csv") from None
     check_columns(path, columns, required)
     for line, row in enumerate(rows, start=2):

@@ -80,6 +80,29 @@ def split_of(number, val=0.8, test=0.9):
     return "train" if number < val else "val" if number < test else "test"
 
 
+def split_name(text):
+    """train, val or test by one of the names that people use for them; None for another text."""
+    names = {"training": "train", "valid": "val", "validation": "val", "dev": "val",
+             "testing": "test"} | {split: split for split in imagefolder.SPLITS}
+    return names.get(text.strip().lower())
+
+
+def cut_splits(rows, root):
+    """Cuts val and test from train where they are missing; returns what it did, for people."""
+    there = {row["split"] for row in rows}
+    unknown = there - {*imagefolder.SPLITS}
+    if unknown:
+        raise InputError(root, f"has a split {unknown.pop()!r}",
+                         "known are train, validation and test")
+    if "train" not in there:
+        raise InputError(root, "has no split train", f"it has {', '.join(sorted(there))}")
+    val, test = 0.1 * ("val" not in there), 0.2 * ("test" not in there)
+    train = [row for row in rows if row["split"] == "train"]
+    split_groups(train, 1 - val - test, 1 - test)
+    return [f"{name} is {share:.0%} of each group of train"
+            for name, share in (("val", val), ("test", test)) if share]
+
+
 def split_groups(rows, val, test):
     """Splits each group by a digest of the file names: val from the share `val` on, then test."""
     sizes, ranks = imagefolder.group_counts(rows), {}

@@ -13,11 +13,9 @@ from PIL import Image
 
 from common import imagefolder
 from common.files import InputError
-from data import Found, split_groups
+from data import Found, cut_splits, split_name
 
 SOURCE = "a hub id, such as grodino/waterbirds, or a folder of parquet files"
-SPLITS = {"training": "train", "validation": "val", "valid": "val", "dev": "val",
-          "testing": "test"}
 LABELS = 100  # a column with more values than that is no label
 
 
@@ -64,9 +62,9 @@ def read(args):
     codes_y, classes = codes_of(f"--y {args.y}", features[args.y], {row[2] for row in found})
     codes_a, attributes = codes_of(f"--a {attribute}", features.get(attribute),
                                    {row[3] for row in found})
-    rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": SPLITS.get(name, name),
+    rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": split_name(name) or name,
              "y": codes_y[y], "a": codes_a[a]} for name, i, y, a in found]
-    cut_splits(rows, args.root)
+    cut_splits(rows, f"--root {args.root}")
 
     def write(folder):
         wanted = {row["file_name"] for row in rows}
@@ -78,21 +76,6 @@ def read(args):
                         (folder / file).write_bytes(content(row[images]))
 
     return Found(write, rows, None, bool(attribute), classes, attributes)
-
-
-def cut_splits(rows, root):
-    """Cuts val and test from train where they are missing."""
-    there = {row["split"] for row in rows}
-    unknown = there - {*imagefolder.SPLITS}
-    if unknown:
-        raise InputError(f"--root {root}", f"has a split {unknown.pop()!r}",
-                         "known are train, validation and test")
-    if "train" not in there:
-        raise InputError(f"--root {root}", "has no split train",
-                         f"it has {', '.join(sorted(there))}")
-    val, test = 0.1 * ("val" not in there), 0.2 * ("test" not in there)
-    train = [row for row in rows if row["split"] == "train"]
-    split_groups(train, 1 - val - test, 1 - test)
 
 
 @contextmanager

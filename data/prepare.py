@@ -2,8 +2,7 @@
 
     python data/prepare.py digits --bias 0.95 --out data/digits-0.95
     python data/prepare.py celeba --root ~/celeba --target Smiling --out data/celeba-smiling
-    python data/prepare.py folder --root ~/dogs --classes dog wolf --attributes grass snow \\
-        --out data/dogs
+    python data/prepare.py folder --root ~/dogs --out data/dogs
     python data/prepare.py utkface --help
 
 {datasets}
@@ -83,18 +82,23 @@ def out_of_reach(bias, y, common, agree, conflict, keep_agree):
 
 
 def add_captions(found, words, args):
-    """Writes the text of each row from the names of its labels; a folder's own texts are kept."""
+    """Writes the text of each row from the names of its labels; a folder's own texts are kept.
+
+    Returns the names of the classes and of the attributes, None where they are unknown.
+    """
     rows = found.rows
     template, class_template, classes, attributes = words
-    classes = args.classes or found.classes or classes
-    attributes = args.attributes or found.attributes or attributes
+    classes = found.classes or args.classes or classes
+    attributes = found.attributes or args.attributes or attributes
+    known = classes, attributes if found.labelled else None
+    if "text" in rows[0] and not (args.classes or args.attributes or args.template):
+        return known
     if not (found.labelled or attributes):  # the prompt of a class is that of its groups
         template, attributes = class_template, [""] * (1 + max(row["a"] for row in rows))
     if not (classes and attributes):
-        if "text" in rows[0] and not (args.classes or args.attributes):
-            return
-        raise InputError("--classes, --attributes", "are required, as the metadata have no column "
-                         "'text'", "name each class and attribute, from 0 on")
+        raise InputError("--classes, --attributes", "are required, as labels are numbers and the "
+                         "metadata have no column 'text'", "name each class and attribute, from 0 "
+                         "on")
     for flag, names, column in (("--classes", classes, "y"), ("--attributes", attributes, "a")):
         top = max(row[column] for row in rows)
         if len(names) <= top:
@@ -108,6 +112,7 @@ def add_captions(found, words, args):
     except (KeyError, IndexError, ValueError) as error:
         raise InputError("--template", f"cannot be filled in: {error!r}",
                          "it may contain {y} and {a}") from None
+    return known
 
 
 def write_splits(out, rows, columns):
@@ -126,7 +131,7 @@ def main(argv=None):
     module = module_of(args.dataset)
     found = module.read(args)
     root, rows = found.images, found.rows
-    add_captions(found, module.words(args), args)
+    classes, attributes = add_captions(found, module.words(args), args)
     if found.table:
         imagefolder.check_rows(*found.table, [{name: str(value) for name, value in row.items()}
                                               for row in rows])
@@ -142,7 +147,7 @@ def main(argv=None):
                                  f"{missing[0]};", module.SOURCE)
         content = [str(root.resolve()), imagefolder.digest(root, rows)]
     code = made.code_digest(__file__, data.__file__, module.__file__)
-    key = files.digest(rows, content, args.dataset, code)
+    key = files.digest(rows, content, args.dataset, code, classes, attributes)
     if stage.is_made(args, key):
         return
     if downloaded:
@@ -159,7 +164,7 @@ def main(argv=None):
         columns = list(dict.fromkeys((*imagefolder.REQUIRED, *rows[0])))
         files.write_csv(out / "metadata.csv", rows, columns)
         write_splits(out / "splits", rows, columns)
-        stage.finish(out, args, key)
+        stage.finish(out, args, key, classes=classes, attributes=attributes)
     for split in imagefolder.SPLITS:
         counts = imagefolder.group_counts(row for row in rows if row["split"] == split)
         print(f"{split:5}", counts)

@@ -173,7 +173,7 @@ def test_utkface_skips_malformed_names_bins_ages_and_splits_by_file_name(tmp_pat
 def test_a_folder_of_ones_own_gets_stratified_splits_and_captions_of_the_names(tmp_path):
     root, names = own_folder(tmp_path / "f"), ("cat", "dog", "bear", "bird")
     args = ("data/prepare.py", "folder", "--root", root, "--out", tmp_path / "out")
-    run(*args, fails="are required, as the metadata have no column 'text'")
+    run(*args, fails="are required, as labels are numbers")
     run(*args, "--classes", *names[:3], "--attributes", *names, fails="--classes: has 3 names, but y goes up to 3")
     run(*args, "--classes", *names, "--attributes", "land", "sea", "sky", "snow", "--template", "a {y} in the {a}")
     for split in imagefolder.SPLITS:
@@ -294,8 +294,8 @@ TABLES = {  # what a metadata.csv of one's own holds, and what is said of it
     "an absolute path": ("file_name,y,a\n/x.png,0,0\n", "metadata.csv, row 2: file_name '/x.png' leaves its folder"),
     "a backslash": ("file_name,y,a\na\\x.png,0,0\n", "contains a backslash (separate folders by /)"),
     "a label that is none": ("file_name,y,a\nx.png,0,0\ny.png,cat,0\n", "metadata.csv, row 3: y is 'cat'"),
-    "an attribute that is none": ("file_name,y,a\nx.png,0,1.0\n", "metadata.csv, row 2: a is '1.0'"),
-    "a split in capitals": ("file_name,y,a,split\nx.png,0,0,Train\n", "metadata.csv, row 2: split is 'Train' (use train"),
+    "an attribute that is none": ("file_name,y,a\nx.png,0,1.5\n", "metadata.csv, row 2: a is '1.5'"),
+    "a split that is none": ("file_name,y,a,split\nx.png,0,0,holdout\n", "metadata.csv, row 2: split is 'holdout' (use train"),
     "an image that is not there": ("file_name,y,a\nnone.png,0,0\n", "1 of 1 images, the first is none.png"),
 }
 
