@@ -64,7 +64,8 @@ classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS
   $(CLASSIFIER) $($(method).classify) --recipe $(or $($(recipe).recipe),$(recipe)) \
   $(addprefix --synthetic $(RUN)/synthetic/,$(method))
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
-  --references $(REFERENCES) $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
+  --references $(REFERENCES) $(if $(PREDICTIONS),mine --mine $(PREDICTIONS) $(COLUMNS)) \
+  $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
 # A recipe is one of train_classifier.py's (erm), a method (two-stage on its images), or one of

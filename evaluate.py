@@ -16,7 +16,7 @@ from statistics import mean, stdev
 
 from common import files, imagefolder, stage
 from common.files import InputError
-from evaluation import figures, intervals
+from evaluation import attributes, figures, intervals, own
 
 np = stage.lazy("numpy")
 
@@ -168,6 +168,16 @@ def read_recipes(args):
     return predictions, {recipe: " or ".join(sorted(used)) for recipe, used in labels.items()}
 
 
+def predictions_of_mine(rows, args):
+    """The rows of the split with the predictions of the user's own classifier."""
+    tested = [row for row in rows if row["split"] == args.split]
+    predicted = own.with_predictions(tested, args.mine, args.data, args.image, args.prediction)
+    if len(predicted) < len(tested):
+        raise InputError(f"--mine {args.mine}", f"has predictions for {len(predicted)} of "
+                         f"{len(tested)} images of split {args.split}", "predict all of them")
+    return predicted
+
+
 def run_of(seed):
     """The run of a seed called <run>/<seed>, else an empty string."""
     return seed.rpartition("/")[0]
@@ -313,6 +323,8 @@ def main(argv=None):
     stage.begin(args)
     predictions, labels = read_recipes(args)
     rows = imagefolder.read_metadata(args.data)
+    if args.mine:
+        predictions["mine"], labels["mine"] = {"0": predictions_of_mine(rows, args)}, "unknown"
     titles = imagefolder.group_titles(rows)
     train_counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     results = tidy_results(predictions, train_counts)
@@ -324,6 +336,9 @@ def main(argv=None):
                            labels[recipe], args.references, f"{len(sizes)} of {len(titles)}")
              for recipe in table]
     text = markdown(table, found, labels, sizes, titles, args, averaged_over(predictions))
+    several = attributes.columns_of(args.data)
+    if several:
+        text += "\n" + attributes.table_of(predictions, rows, several)
     for line in lines:
         if line["collapsed"]:
             text += (f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers "
@@ -353,6 +368,9 @@ def parse(argv=None):
     add("--classifiers", type=Path, nargs="+", required=True,
         help="output folders of train_classifier.py")
     add("--synthetic", type=Path, nargs="*", default=[], help="outputs of generate.py to show")
+    add("--mine", type=Path, help="a csv with the predictions of a classifier of your own: the row "
+        "`mine`")
+    own.add_flags(parser)
     add("--references", nargs="+", default=["erm", "groupdro"], metavar="RECIPE",
         help="recipes that the others are compared with")
     add("--keep-order", action=stage.Flag, default=False,

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 
 from common import imagefolder, stage
 from common.files import InputError
@@ -39,13 +40,13 @@ def cnn():
 def pretrained(arch, weights):
     """A network of torchvision or timm without its last layer: (module, width of its features).
 
-    weights: imagenet, none, or a .safetensors file. Raises InputError if they do not fit.
+    weights: imagenet, none, or a file of weights. Raises InputError if they do not fit.
     """
     imagenet = weights == "imagenet"
     network = named_network(arch, {"weights": "IMAGENET1K_V1" if imagenet else None},
                             {"pretrained": imagenet}, weights)
-    if weights.endswith(".safetensors"):
-        load_weights(network, weights, f"give a .safetensors file with a state dict of {arch}")
+    if weights not in ("imagenet", "none"):
+        load_weights(network, weights, f"give a file with a state dict of {arch}")
     layers = [(name, layer) for name, layer in network.named_modules()
               if isinstance(layer, torch.nn.Linear)]
     if not layers or getattr(network, "aux_logits", False):
@@ -53,20 +54,22 @@ def pretrained(arch, weights):
                          "use another network")
     name, last = layers[-1]
     network.set_submodule(name, torch.nn.Identity())
-    return torch.nn.Sequential(as_for_imagenet(), network), last.in_features
+    return torch.nn.Sequential(normalised(network), network), last.in_features
 
 
-def whole_network(arch, weights, classes):
-    """A network of torchvision with its own last layer: pixels in [-1, 1] -> logits (B, classes).
+def whole_network(arch, weights, classes, mean=None, std=None):
+    """A network with its own last layer: pixels in [-1, 1] -> logits (B, classes); and its size.
 
-    weights: a .safetensors file of all its weights. Raises InputError if they do not fit.
+    weights: a file of all its weights; mean, std: of red, green and blue in [0, 1]. Raises
+    InputError if they do not fit. The size is that of its images in pixels.
     """
     check_name(arch)
     network = named_network(arch, {"weights": None, "num_classes": classes},
                             {"num_classes": classes}, weights)
-    load_weights(network, weights, f"give a .safetensors file with the whole state dict of {arch}, "
-                 f"for {classes} classes")
-    return torch.nn.Sequential(as_for_imagenet(), network).eval()
+    load_weights(network, weights, f"give a file with the whole state dict of {arch}, for {classes} "
+                 "classes")
+    size = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    return torch.nn.Sequential(normalised(network, mean, std), network).eval(), size
 
 
 def named_network(arch, torchvision_options, timm_options, weights):
@@ -79,24 +82,42 @@ def named_network(arch, torchvision_options, timm_options, weights):
     except Exception as error:  # URLError, RuntimeError, ValueError, ...
         raise InputError(f"--arch {arch}", f"cannot be loaded with weights {weights}: "
                          f"{str(error).splitlines()[0]}",
-                         "give --weights none, or a .safetensors file") from None
+                         "give --weights none, or a file of weights") from None
 
 
 def load_weights(network, path, todo):
+    """Loads a state dict from .safetensors, or as torch.save writes it, which runs no code.
+
+    As it is found in the wild: in a dict of a training script, below `module.` or `model.`.
+    """
     from safetensors.torch import load_file
 
     try:
-        network.load_state_dict(load_file(path))
+        is_safe = str(path).endswith(".safetensors")
+        state = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
+        for name in ("state_dict", "model_state_dict", "model"):
+            if isinstance(state.get(name), dict):
+                state = state[name]
+        for prefix in ("_orig_mod.", "module.", "model."):
+            if all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+        network.load_state_dict(state)
+    except pickle.UnpicklingError:
+        raise InputError(f"--weights {path}", "holds more than weights, such as a whole model",
+                         "save the weights alone: torch.save(model.state_dict(), "
+                         "'weights.pth')") from None
     except Exception as error:  # OSError, SafetensorError, RuntimeError for wrong shapes
-        raise InputError(f"--weights {path}", f"cannot be loaded: {str(error).splitlines()[0]}",
-                         todo) from None
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--weights {path}", f"cannot be loaded: {reason}", todo) from None
 
 
-def as_for_imagenet():
-    """A layer that normalises pixels in [-1, 1] as networks trained on ImageNet expect."""
+def normalised(network, mean=None, std=None):
+    """A layer that normalises pixels in [-1, 1] as a network expects: timm's, or ImageNet's."""
     from torchvision.transforms import v2  # takes seconds to import
 
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    own = getattr(network, "pretrained_cfg", {})  # of timm
+    mean = torch.tensor(mean or own.get("mean") or (0.485, 0.456, 0.406))
+    std = torch.tensor(std or own.get("std") or (0.229, 0.224, 0.225))
     return v2.Normalize((2 * mean - 1).tolist(), (2 * std).tolist())  # these are in [0, 1]
 
 

@@ -1,11 +1,19 @@
-# Your own images: ROOT holds them and a metadata.csv with file_name, y, a, and perhaps split and
-# text. Copy this file to data/<name>.mk, add `LOADER = folder`, and run `make DATASET=<name>`. All
-# values are ours, to start from.
+# Your own images: ROOT has a folder for each class, or a table beside the images; data/folder.py
+# tells what it may look like. Copy this file to data/<name>.mk, add `LOADER = folder`, and run
+# `make DATASET=<name>`. All values are ours, to start from.
 ROOT       ?= downloads/images
-# Without a column `a` in the metadata: recipes that need no attribute labels.
+# Without attributes, in a column `a` or in folders below those of the classes: recipes that need no
+# labels. LABELLED=yes and LABELLED= (empty) overrule what is found here.
 ifeq ($(origin LABELLED),undefined)
-LABELLED   := $(shell head -qn1 "$(ROOT:~/%=$(HOME)/%)"/metadata.* 2>/dev/null | \
-  grep -E '(^|[,"])a([,"]|[[:space:]]*$$)')
+root       := "$(ROOT:~/%=$(HOME)/%)"
+LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
+  table=$$(ls $(root)/metadata.* 2>/dev/null | head -n1); \
+  if [ "$$table" ]; then \
+    head -n1 "$$table" | tr -d '\0' | tr ';\t' ',' | grep -aE '(^|[,"])a([,"]|[[:space:]]*$$)'; \
+  else \
+    depth=$$(ls -d $(root)/[Tt]rain* >/dev/null 2>&1 && echo 4 || echo 3); \
+    find -L $(root) -mindepth $$depth -type f -print -quit 2>/dev/null; \
+  fi)
 endif
 WITH_LABELS    = erm groupdro vanilla lora dreambooth clustered
 WITHOUT_LABELS = erm-free jtt-free dfr-free sage one-free clustered-free

@@ -23,10 +23,10 @@ $(foreach r,erm jtt groupdro dfr,$(eval $r-free.recipe = $r --groups $$(RUN)/pse
 sage.recipe             = sage --val synthetic
 dfr-synthetic.recipe    = two-stage-dfr --val synthetic
 
-# ---- where a classifier fails: by a csv with file_name and prediction, or a classifiers' folder --
-PREDICTIONS ?= $(RUN)/classifiers/erm
+# ---- where a classifier fails: your own, by a csv of predictions, or erm's -----------------------
 failures     = evaluation/failures.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
-               --predictions $(PREDICTIONS) $(FAILURES)
+               $(if $(findstring --weights,$(FAILURES)),,--predictions \
+               $(or $(PREDICTIONS),$(RUN)/classifiers/erm)) $(COLUMNS) $(FAILURES)
 # ---- several runs -------------------------------------------------------------------------------
 each_bias  = +@$(foreach BIAS,$1,$(MAKE) --no-print-directory BIAS=$(BIAS) $2 &&) true
 results_of = --results $(foreach BIAS,$1,$(RUN)/results)

@@ -9,28 +9,29 @@ an image's pseudo-group is its class and its cluster. Per pseudo-group the page 
 whether it is significantly below that of the rest of the class, images, and which of --words CLIP
 finds more in it than in the rest of the class.
 
-Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file_name, as in DATA or in the folder that DATA
-was made from, and prediction, the class; or a folder of train_classifier.py, whose first seed is
-taken), or WEIGHTS, the whole state dict of a network of torchvision. Writes OUT/failures.html,
-OUT/groups.csv, a sheet of images per pseudo-group and OUT/config.json.
+Reads DATA, EMBEDDINGS and PREDICTIONS (a csv with file names and classes; or a folder of
+train_classifier.py, whose first seed is taken), or WEIGHTS, the whole state dict of a network of
+torchvision or timm. Writes OUT/failures.html, OUT/groups.csv, OUT/pseudo-groups.csv (file_name, and
+a, the cluster: for prepare.py --a-from), a sheet of images per pseudo-group and OUT/config.json.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 import cluster
-from classifiers import network
-from common import clip, compute, files, imagefolder, pixels, stage
+from common import clip, compute, files, imagefolder, stage
 from common.files import InputError
+from evaluation import own
 from evaluation.report import environment
 
 np = stage.lazy("numpy")
-torch = stage.lazy("torch")
 
 WORDS = ("indoors", "outdoors", "on water", "on land", "on grass", "in snow", "in a forest",
          "in a street", "at night", "a person", "a hand", "text", "red", "green", "blue", "dark",
          "bright", "black and white", "a drawing")
+PSEUDO = "pseudo-groups.csv"
 COLUMNS = ("name", "class", "cluster", "images", "accuracy", "rest", "p", "words")  # of groups.csv
 
 # -------------------------------------------------------------------------------------- the method
@@ -85,48 +86,6 @@ def groups_of(rows, embeddings, labels, words, texts, names):
     return sorted(found, key=lambda group: group["accuracy"])
 
 
-# --------------------------------------------------------------------------------- the predictions
-
-
-def with_predictions(rows, path, data):
-    """The rows of DATA that have a prediction, with it as int."""
-    if path.is_dir():
-        seeds = path.glob("seed*/predictions.csv")
-        path = min(seeds, key=lambda path: int(path.parent.name[4:]), default=path / "seed0")
-    if not path.is_file():
-        raise InputError(path, "not found", "give a csv with file_name and prediction, or a folder "
-                         "of train_classifier.py")
-    predicted = {}
-    for line, row in enumerate(imagefolder.read_table(path, ("file_name", "prediction")), 2):
-        where = f"{path}, row {line}"
-        predicted[row["file_name"]] = imagefolder.as_label(where, "prediction", row["prediction"])
-    found = []
-    for row in rows:
-        for name in (row["file_name"], row["file_name"].removeprefix("images/")):
-            if name in predicted:
-                found.append(row | {"prediction": predicted[name]})
-    if not found:
-        raise InputError(path, f"names no image of {data}",
-                         "write file_name as in its metadata.csv")
-    if len(found) < len(predicted):
-        print(f"note: {len(predicted) - len(found)} of {len(predicted)} predictions are of images "
-              "that DATA does not contain")
-    return found
-
-
-def with_classifier(rows, args):
-    """The rows of val and test with the prediction of a network of torchvision."""
-    rows = [row for row in rows if row["split"] != "train"]
-    classes = 1 + max(row["y"] for row in rows)
-    model = network.whole_network(args.arch, args.weights, classes)
-    images, predicted = pixels.Pixels(args.data, rows, args.resolution), []
-    with torch.no_grad():
-        for part in torch.arange(len(rows)).split(64):
-            shown = network.to_input(images[part], args.resolution)
-            predicted += model(shown).argmax(1).tolist()
-    return [row | {"prediction": label} for row, label in zip(rows, predicted)]
-
-
 # -------------------------------------------------------------------------------------- the script
 
 
@@ -137,9 +96,10 @@ def main(argv=None):
     names = {y: texts[0].removeprefix("a photo of ")
              for y, texts in imagefolder.class_prompts(rows).items()}
     if args.predictions:
-        rows = with_predictions(rows, args.predictions, args.data)
+        rows = own.with_predictions(rows, args.predictions, args.data, args.image,
+                                    args.prediction)
     else:
-        rows = with_classifier(rows, args)
+        rows = own.with_classifier(rows, args)
     embeddings = clip.read_embeddings(args.embeddings, rows)
     encoder = clip.Clip(args.clip, compute.accelerator(args.device).device)
     texts = encoder.texts(list(args.words)).numpy()
@@ -148,8 +108,6 @@ def main(argv=None):
     # Bonferroni: as many tests as groups.
     failing = [group for group in groups if group["p"] < 0.05 / len(groups)]
     accuracy = sum(row["prediction"] == row["y"] for row in rows) / len(rows)
-    dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
-    target = f"DATASET={dataset} BIAS={bias}" if dash else f"DATASET={bias}"
     with files.replacing(args.out) as out:
         out.mkdir(parents=True)
         for group in groups:
@@ -159,10 +117,13 @@ def main(argv=None):
             data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}",
             groups=[table_row(group) for group in groups], failing=failing, sheets=groups,
             classifier=args.predictions or args.weights, words=args.words,
-            command=f'make {target} RECIPES="erm-free dfr-free clustered-free"')
+            command=cure(args), known=has_attributes(args.data))
         (out / "failures.html").write_text(page, encoding="utf-8")
         files.write_csv(out / "groups.csv", [{name: group[name] for name in COLUMNS}
                                              for group in groups])
+        files.write_csv(out / PSEUDO, [
+            {"file_name": row["file_name"].removeprefix("images/"), "a": label}
+            for row, label in zip(rows, labels)])
         stage.finish(out, args, files.digest(page))
     print(f"{len(rows)} images, accuracy {accuracy:.3f}; it fails on {len(failing)} of "
           f"{len(groups)} pseudo-groups")
@@ -170,7 +131,38 @@ def main(argv=None):
         print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, "
               f"rest of the class {group['rest']:.3f}; more of: "
               f"{group['words'] or 'none of the words'}")
-    print(f"see {args.out / 'failures.html'}")
+    print(f"see {args.out / 'failures.html'}; to train a better one and compare:\n{cure(args)}")
+
+
+def has_attributes(data):
+    """Whether DATA's images have attribute labels."""
+    return len({row["a"] for row in imagefolder.read_metadata(data)}) > 1
+
+
+def cure(args):
+    """The make command that trains without labels, and compares with the user's classifier.
+
+    Without attribute labels in DATA, the pseudo-groups of the page are the groups of the test.
+    """
+    dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
+    words = ["make", *([f"DATASET={dataset}", f"BIAS={bias}"] if dash else [f"DATASET={bias}"])]
+    config = files.read_json(args.data / "config.json")
+    arguments, flags = config.get("arguments", {}), config.get("command", [])[2:]
+    for name in ("--bias", "--out", "--root", "--a-from"):
+        if name in flags:
+            del flags[flags.index(name):flags.index(name) + 2]
+    if arguments.get("dataset") == "folder" and not has_attributes(args.data):
+        flags += ["--a-from", str(args.out / PSEUDO)]
+    if arguments.get("root"):
+        words.append(f"ROOT={arguments['root']}")
+    if flags:
+        words.append(f"PREPARE={shlex.join(flags)}")
+    words.append("RECIPES=erm-free dfr-free clustered-free")
+    if args.predictions and args.predictions.is_file():
+        words.append(f"PREDICTIONS={args.predictions}")
+        if (args.image, args.prediction) != ("file_name", "prediction"):
+            words.append(f"COLUMNS=--image {args.image} --prediction {args.prediction}")
+    return shlex.join(words)
 
 
 def table_row(group):
@@ -198,10 +190,14 @@ def parse(argv=None):
     add("--clip", required=True, help="the CLIP model of the embeddings, a folder or hub id")
     add("--predictions", type=Path, help="csv with file_name and prediction, or folder of "
         "train_classifier.py")
-    add("--weights", type=Path, help="instead: .safetensors with the state dict of --arch, for val "
-        "and test")
-    add("--arch", default="resnet50", help="of --weights: a network of torchvision")
-    add("--resolution", type=count, default=224, help="of --weights: pixels per side")
+    own.add_flags(parser)
+    add("--weights", type=Path, help="instead: .safetensors or .pth with the state dict of --arch, "
+        "for val and test")
+    add("--arch", default="resnet50", help="of --weights: a network of torchvision or timm")
+    add("--resolution", type=count, help="of --weights: pixels per side; default: timm's, or 224")
+    for name, what in (("mean", "means"), ("std", "deviations")):
+        add(f"--{name}", type=float, nargs=3, help=f"of --weights: the {what} by which red, green "
+            "and blue, from 0 to 1, are normalised; default: timm's, or ImageNet's")
     add("--words", nargs="+", default=list(WORDS), help="what CLIP looks for")
     add("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto")
     add("--k-max", type=count, default=5, help="largest number of clusters that auto tries")

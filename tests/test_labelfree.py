@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -300,7 +301,7 @@ def test_the_page_finds_the_shortcut_and_names_it(base, dataset, unlabelled, emb
     assert named == {"0": "on a green background", "1": "on a red background"}
     page = (tmp_path / "out" / "failures.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and not re.search('(src|href)=(?!"data:)', page)
-    assert "even digit, cluster" in page and 'RECIPES=&#34;erm-free' in page
+    assert "even digit, cluster" in page and '&#39;RECIPES=erm-free dfr-free' in page and "PREDICTIONS=" in page
     (tmp_path / "predictions.csv").write_text("file_name,prediction\nx.png,1\n")
     run(*args, "--predictions", tmp_path / "predictions.csv", fails="names no image of")
     run(*args, fails="one of them is needed")
@@ -324,27 +325,49 @@ def test_a_network_of_torchvision_is_enough(base, unlabelled, embeddings, tmp_pa
 # ----------------------------------------------------------------------------------------------- with make
 
 
-def test_a_folder_without_attribute_labels_is_known_by_its_header(tmp_path):
+def test_a_folder_without_attribute_labels_is_known_by_its_header_or_its_folders(tmp_path):
     house = new_house(tmp_path / "house")
+
+    def runs(recipe, folder, *more):
+        text = make(house, "-n", "DATASET=folder", f"ROOT={folder}", *more)
+        assert f"--out runs/folder-natural/classifiers/{recipe}\n" in text, (recipe, folder)
+
+    table = tmp_path / "images"
+    table.mkdir()
     for header, recipe in (("file_name,y", "sage"), ("file_name,y,area", "sage"), ("file_name,y,a\r", "clustered"),
-                           ('file_name,"a",y', "clustered")):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / "metadata.csv").write_text(f"{header}\n")
-        text = make(house, "-n", "DATASET=folder", f"ROOT={tmp_path / 'images'}")
-        assert f"--out runs/folder-natural/classifiers/{recipe}\n" in text, header
+                           ('file_name,"a",y', "clustered"), ("file_name;a;y", "clustered"), ("file_name\ty\ta", "clustered")):
+        (table / "metadata.csv").write_text(f"{header}\n")
+        runs(recipe, table)
+    (table / "metadata.csv").write_bytes("file_name\ta\ty\n".encode("utf-16"))
+    runs("clustered", table)
+    (table / "metadata.csv").write_text("file_name,y,gender,age\n")
+    runs("clustered", table, "PREPARE=--a gender age")
+    for name, recipe in (("cat", "sage"), ("cat/grass", "clustered"), ("train/cat", "sage"), ("train/cat/grass", "clustered")):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.png").touch()
+        runs(recipe, folder)
 
 
 @slow
-def test_make_runs_a_folder_without_attribute_labels(tmp_path):
+def test_make_runs_class_folders_without_attributes_and_the_cure_that_the_page_names(tmp_path):
     house, data = new_house(tmp_path / "house"), make_dataset(tmp_path / "images", counts=BIASED)
-    with open(data / "metadata.csv") as file:
-        rows = list(csv.DictReader(file))
-    files.write_csv(data / "metadata.csv", [{name: row[name] for name in ("file_name", "y", "split")} for row in rows])
-    shutil.copy(ROOT / "data" / "folder.mk", house / "data" / "mine.mk")
-    args = ("DATASET=mine", "LOADER=folder", f"ROOT={data}", "PREPARE=--classes even odd", "BASE=base/miniature", "SEEDS=0",
-            "CLIP=base/miniature/clip", "IMAGES=4", "EPOCHS=1", "CLUSTER=--min-size 3", "LORA=--steps 1", "TOKENS=", "CLASSIFIER=",
-            "DREAMBOOTH=--steps 1", "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1")
+    root, table = tmp_path / "my shapes", []
+    for row in imagefolder.read_metadata(data):
+        path = root / row["split"] / ("box", "bar")[row["y"]] / Path(row["file_name"]).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / row["file_name"], path)
+        table.append({"path": path, "prediction": ("box", "bar")[row["a"]]})  # sees nothing but the background
+    files.write_csv(tmp_path / "mine.csv", table)
+    args = ("DATASET=folder", f"ROOT={root}", "BASE=base/miniature", "SEEDS=0", "CLIP=base/miniature/clip", "IMAGES=4",
+            "EPOCHS=1", "CLUSTER=--min-size 3", "LORA=--steps 1", "TOKENS=", "CLASSIFIER=", "DREAMBOOTH=--steps 1",
+            "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1")
     text = make(house, *args)
     assert "| sage |" in text and "| clustered-free |" in text and "| erm-free |" in text and "each class is one group" in text
-    text = make(house, *args, "failures", "PREDICTIONS=runs/mine-natural/classifiers/erm-free")
-    assert "pseudo-groups" in text and files_of(house / "runs" / "mine-natural" / "failures")
+    own = (f"PREDICTIONS={tmp_path / 'mine.csv'}", "COLUMNS=--image path")
+    text = make(house, *args, "failures", *own, "FAILURES=--k 2 --min-size 3")
+    assert "it fails on 2 of 4 pseudo-groups" in text
+    command = next(line for line in text.splitlines() if line.startswith("make DATASET=folder"))
+    mine = [word for word in shlex.split(command)[1:] if not word.startswith("ROOT=")]
+    text = make(house, *args, *mine)
+    assert "| mine | 0.000 | [0.000" in text and "| clustered-free |" in text, "of the pseudo-groups that it fails on"
