@@ -189,7 +189,6 @@ def train(name, model, loss_of, work, key, accelerator, args):
     Returns the loss curve, as training.Checkpoint keeps it.
     """
     from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
 
     steps = getattr(args, f"{name}_steps")
     model.train().to(accelerator.device, memory_format=torch.channels_last)
@@ -197,8 +196,7 @@ def train(name, model, loss_of, work, key, accelerator, args):
     optimizer = torch.optim.AdamW(weights, lr=RATE[name], weight_decay=0.01, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10,
                              num_training_steps=steps)
-    ema = EMAModel(weights, decay=args.ema_decay) if args.ema_decay and name == "unet" else None
-    checkpoint = training.Checkpoint(work / name, key, weights, optimizer, schedule, ema)
+    checkpoint = training.Checkpoint(work / name, key, weights, optimizer, schedule, None)
     curve = checkpoint.load()
     for step in imagefolder.progress(range(len(curve), steps), name, "step", initial=len(curve),
                                      total=steps):
@@ -212,12 +210,8 @@ def train(name, model, loss_of, work, key, accelerator, args):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.step(weights)
         if len(curve) % 500 == 0 or len(curve) == steps:
             checkpoint.save(curve)
-    if ema:
-        ema.copy_to(weights)
     model.eval().requires_grad_(False)
     last = [row["loss"] for row in curve[-50:]]
     print(f"{name}: {steps} steps, loss {sum(last) / len(last):.4f}", flush=True)
@@ -367,7 +361,7 @@ def save_sheets(out, pipe, rows, args):
 
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
-    count, share = stage.number(int, 1), stage.number(float, 0, 1)
+    count = stage.number(int, 1)
     add = parser.add_argument_group("data and size").add_argument
     add("--data", type=Path, required=True, help="prepared dataset folder")
     add("--captions", nargs="+", default=["text", "class_text"], help="columns of captions; one "
@@ -386,7 +380,6 @@ def parse(argv=None):
     add = how.add_argument
     for name, steps in (("clip", 2500), ("vae", 2500), ("unet", 8000)):
         add(f"--{name}-steps", type=count, default=steps, help=f"of {BATCH[name]} images")
-    add("--ema-decay", type=share, default=0.999, help="of the UNet's averaged weights; 0: off")
     add("--samples", type=count, default=16, help="images per row of the two sheets")
     add("--seed", type=int, default=0, help="seed of all random draws")
     pixels.add_flag(how)
