@@ -2,7 +2,7 @@
 # `make base DATASET=faces ROOT=~/UTKFace`, then `make DATASET=utkface BASE=base/faces ...`.
 LOADER   = utkface
 BIAS     ?= natural
-PREPARE  ?= --bins 6-19 51-116
+PREPARE  ?= --bins 6-19 51-116 --attributes young old
 PRETRAIN ?= --size 64 --unet-widths 48 96 128 --flip --clip-steps 1500 --vae-steps 1500 \
   --unet-steps 5000
 export OMP_NUM_THREADS ?= 1
