@@ -8,7 +8,8 @@ import pytest
 from conftest import run
 
 from common import files, imagefolder
-from evaluate import difference, fairness, intervals_of, metrics, summary, tidy_results
+from evaluate import fairness, intervals_of, metrics, summary, tidy_results
+from evaluation.tables import difference
 
 
 def predictions_of(path, wrong):
