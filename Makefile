@@ -108,7 +108,7 @@ $(foreach folder,images ablations/synthetic,$(call rule,$(RUN)/$(folder),$(measu
 $(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
 $(call rule,$(RUN)/failures,$(failures))
 $(DATA)/config.json: data/$(LOADER).py | $(RUN)/.checked
-$(RUN)/results/config.json: $(addprefix evaluation/,attributes.py figures.py intervals.py own.py tables.py)
+$(RUN)/results/config.json: $(wildcard evaluation/*.py)
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
 $(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
   $(RUN)/ablations/*/config.json) $(GOALS:%=%/config.json)

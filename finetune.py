@@ -22,7 +22,6 @@ config.json; last OUT/config.json.
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -266,9 +266,12 @@ def main(argv=None):
     if args.groups or args.val == "synthetic":
         digests["groups"] = files.digest(known["train"],
                                          imagefolder.digest(chosen_on, known["val"]))
-    code = made.code_digest(__file__, network.__file__, last_layer.__file__, pixels.Pixels,
+    phases = RECIPES[args.recipe]  # another recipe or loss in this file retrains nothing
+    of_recipe = [getattr(Losses, phase.loss) for phase in phases if hasattr(Losses, phase.loss)]
+    code = made.code_digest(train, train_phase, Losses.__init__, supervised_contrastive, *of_recipe,
+                            predictions_of, network.__file__, last_layer.__file__, pixels.Pixels,
                             imagefolder.load_image, stage.seed_of)
-    key = files.digest(made.settings_of(args, "seeds", "groups"), digests,
+    key = files.digest(made.settings_of(args, "seeds", "groups"), phases, digests,
                        files.model_digest(args.weights), code)
     todo = [seed for seed in args.seeds if not made.is_finished(args.out / f"seed{seed}", key)]
     failures = []

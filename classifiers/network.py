@@ -66,8 +66,8 @@ def whole_network(arch, weights, classes, mean=None, std=None):
     check_name(arch)
     network = named_network(arch, {"weights": None, "num_classes": classes},
                             {"num_classes": classes}, weights)
-    load_weights(network, weights, f"give a file with the whole state dict of {arch}, for {classes} "
-                 "classes")
+    load_weights(network, weights, f"give a file with the whole state dict of {arch}, for "
+                 f"{classes} classes")
     size = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
     return torch.nn.Sequential(normalised(network, mean, std), network).eval(), size
 

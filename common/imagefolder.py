@@ -48,8 +48,8 @@ def read_table(path, required, encoding="utf-8-sig", separator=","):
     return rows
 
 
-def check_columns(path, columns, required):
-    """Raises InputError unless each of the required columns is there, and none twice."""
+def check_columns(path, columns, required, todo=None):
+    """Raises InputError, with `todo`, unless each required column is there, and none twice."""
     for column, count in Counter(list(columns)).items():
         if count > 1:
             raise InputError(path, f"has {count} columns named {column!r}", "keep one")
@@ -57,7 +57,7 @@ def check_columns(path, columns, required):
         if column not in columns:
             there = ", ".join(map(repr, columns)) or "none"
             raise InputError(path, f"has no column {column!r}; it has {there}"[:500],
-                             f"it needs {', '.join(required)}")
+                             todo or f"it needs {', '.join(required)}")
 
 
 def read_metadata(folder, split=None):

@@ -74,7 +74,7 @@ def from_folders(args):
     return labels_of(args, rows, args.root, None, ["a"] if labelled else [], told)
 
 
-# ------------------------------------------------------------------------------------------ a table
+# ----------------------------------------------------------------------------------------- a table
 
 
 def from_table(args):
@@ -83,11 +83,8 @@ def from_table(args):
     read = {".csv": read_any_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}[suffix]
     rows, columns = read(path, told), [name for name in args.a if name != "a"]
     given = bool(columns) or "a" in rows[0]
-    try:
-        imagefolder.check_columns(path, rows[0], (args.image, args.y, *columns))
-    except InputError as error:
-        raise InputError(path, f"{error}"[len(f"{path}: "):].rpartition(" (")[0], "name the columns "
-                         "of file names, class and attribute by --image, --y, --a") from None
+    imagefolder.check_columns(path, rows[0], (args.image, args.y, *columns), "name the columns of "
+                              "file names, class and attribute by --image, --y, --a")
     known = {}
     if args.a_from and given:
         raise InputError("--a-from", f"{path} has a column 'a' already", "use one of them")

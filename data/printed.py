@@ -35,7 +35,8 @@ def read(args):
     colours, rows = rng.integers(len(COLOURS), size=args.images), []
     for index, a in enumerate(colours.tolist()):
         digit = index % len(DIGITS)
-        name, colour = f"a photo of the digit {DIGITS[digit]}", f"on a {list(COLOURS)[a]} background"
+        name = f"a photo of the digit {DIGITS[digit]}"
+        colour = f"on a {list(COLOURS)[a]} background"
         rows.append({"file_name": f"{index:05}.png", "y": digit % 2, "a": a, "digit": digit,
                      "split": split_of(index / args.images, 0.95, 1),
                      "digit_text": f"{name} {colour}", "digit_class_text": name,
