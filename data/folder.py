@@ -85,12 +85,6 @@ def from_table(args):
     given = bool(columns) or "a" in rows[0]
     imagefolder.check_columns(path, rows[0], (args.image, args.y, *columns), "name the columns of "
                               "file names, class and attribute by --image, --y, --a")
-    known = {}
-    if args.a_from and given:
-        raise InputError("--a-from", f"{path} has a column 'a' already", "use one of them")
-    if args.a_from:
-        table = not_empty(args.a_from, imagefolder.read_table(args.a_from, ("file_name", "a")))
-        known = {row["file_name"]: row["a"] for row in table}
     for row in rows:
         name = row.pop(args.image)
         if os.path.isabs(name) and Path(name).is_relative_to(path.parent.resolve()):
@@ -98,14 +92,10 @@ def from_table(args):
         renamed = {f"own_{column}" if column in OF_STAGES else column: value
                    for column, value in row.items()}
         row.clear()
-        row.update({"file_name": name, "a": known.get(name, "0")} | renamed)
+        row.update({"file_name": name, "a": "0"} | renamed)
         row["y"] = row[args.y]
         if "split" in row:
             row["split"] = split_name(row["split"]) or row["split"]
-    strange = sorted(known.keys() - {row["file_name"] for row in rows})
-    if strange:
-        raise InputError(args.a_from, f"names {strange[0]}, which is not in {path}",
-                         "use the same file names")
     top = 2 if suffix == ".csv" else 1
     return labels_of(args, rows, path.parent, (path, top), args.a if given else [], told)
 
@@ -165,6 +155,10 @@ def labels_of(args, rows, images, table, attributes, told):
     """
     where = str(table[0]) if table else str(args.root)
     first = table[1] if table else 1
+    if args.a_from and attributes:
+        raise InputError("--a-from", f"{where} tells attributes already", "use one of them")
+    if args.a_from:
+        add_attributes(rows, args.a_from)
     codes, classes = codes_of(where, first, "y", [row["y"] for row in rows], args.classes)
     for row in rows:
         row["y"] = codes[row["y"]]
@@ -203,6 +197,18 @@ def labels_of(args, rows, images, table, attributes, told):
             print(f"note: column {column} has the values {sorted(there)}: no image of {title} "
                   f"{', '.join(missing)} (labels usually count from 0)")
     return Found(images, rows, table, bool(attributes), classes, names)
+
+
+def add_attributes(rows, path):
+    """Sets the attribute of the images that a csv names: file_name and a."""
+    table = not_empty(path, imagefolder.read_table(path, ("file_name", "a")))
+    known = {row["file_name"]: row["a"] for row in table}
+    strange = sorted(known.keys() - {row["file_name"] for row in rows})
+    if strange:
+        raise InputError(path, f"names {strange[0]}, which is none of the images",
+                         "use the same file names")
+    for row in rows:
+        row["a"] = known.get(row["file_name"], "0")
 
 
 def codes_of(where, first, column, values, names):

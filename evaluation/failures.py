@@ -142,17 +142,19 @@ def has_attributes(data):
 def cure(args):
     """The make command that trains without labels, and compares with the user's classifier.
 
-    Without attribute labels in DATA, the pseudo-groups of the page are the groups of the test.
+    Without attribute labels in DATA, the pseudo-groups of the page are the groups of the test: in
+    a copy, as this page is made anew from what the command makes.
     """
     dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
     words = ["make", *([f"DATASET={dataset}", f"BIAS={bias}"] if dash else [f"DATASET={bias}"])]
     config = files.read_json(args.data / "config.json")
-    arguments, flags = config.get("arguments", {}), config.get("command", [])[2:]
+    arguments, flags, copy = config.get("arguments", {}), config.get("command", [])[2:], ""
     for name in ("--bias", "--out", "--root", "--a-from"):
         if name in flags:
             del flags[flags.index(name):flags.index(name) + 2]
     if arguments.get("dataset") == "folder" and not has_attributes(args.data):
-        flags += ["--a-from", str(args.out / PSEUDO)]
+        copy = f"cp {shlex.quote(str(args.out / PSEUDO))} . && "
+        flags += ["--a-from", PSEUDO]
     if arguments.get("root"):
         words.append(f"ROOT={arguments['root']}")
     if flags:
@@ -162,7 +164,7 @@ def cure(args):
         words.append(f"PREDICTIONS={args.predictions}")
         if (args.image, args.prediction) != ("file_name", "prediction"):
             words.append(f"COLUMNS=--image {args.image} --prediction {args.prediction}")
-    return shlex.join(words)
+    return copy + shlex.join(words)
 
 
 def table_row(group):

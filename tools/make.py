@@ -32,7 +32,7 @@ make status    what is done, running, failed and to do
 make -n        show what would run
 make test      install and run the tests
 make torture   long tests: kills, full disks, bad input, 100,000 images; make test-slurm: on Slurm
-make base      train the miniature base model again
+make base      train a base model from scratch: the miniature, or DATASET=mine: base/mine
 make bench     speed and memory beside what one would run instead: BENCH="--peers ~/peers"
 make clean     remove runs/{DATASET}-{BIAS}
 
