@@ -7,8 +7,8 @@ IMAGES        ?= 250
 EPOCHS        ?= 30
 CLUSTER       ?= --min-size 20
 LORA          ?= --steps 150 --batch 16 --learning-rate 2e-3 --schedule cosine
-DREAMBOOTH    ?= --steps 120 --batch 16 --learning-rate 3e-4 --schedule cosine
-CLUSTERED     ?= --steps 60
+DREAMBOOTH    ?= --steps 120 --batch 16 --learning-rate 6e-4 --schedule cosine
+CLUSTERED     ?= --steps 60 --learning-rate 3e-4
 COMPOSITIONAL ?= --steps 300 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
 GENERATE      ?= --steps 10 --guidance-scale 1 --batch 32 --rare own
 # One process per core, one thread each: results do not depend on the number of cores, and two

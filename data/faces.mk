@@ -3,6 +3,6 @@
 LOADER   = utkface
 BIAS     ?= natural
 PREPARE  ?= --bins 6-19 51-116 --attributes young old
-PRETRAIN ?= --size 64 --unet-widths 48 96 128 --flip --clip-steps 1500 --vae-steps 1500 \
-  --unet-steps 5000
+PRETRAIN ?= --size 64 --unet-widths 48 96 128 --flip --clip-steps 1000 --vae-steps 1200 \
+  --unet-steps 3000
 export OMP_NUM_THREADS ?= 1

@@ -86,7 +86,7 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
 
 def new_house(path):
     """A copy of the repository as one clones it, with what is installed."""
-    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*", "printed-*", "printed",
+    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*", "printed-*",
                                                               "__pycache__", ".decoded"))
     (path / ".venv").symlink_to(ROOT / ".venv")
     return path
