@@ -129,12 +129,13 @@ def main(argv=None):
                        made.code_digest(__file__, clip.__file__, imagefolder.load_image))
     if stage.is_made(args, key):
         return
-    embeddings = clip.read_embeddings(args.embeddings, rows)
+    encoder = args.attributes and clip.Clip(args.clip, compute.accelerator().device)
+    embeddings = clip.read_embeddings(args.embeddings, rows, encoder)
     if args.within == "class" and not args.as_attribute:
         groups = [imagefolder.group_of(row) for row in rows]
         embeddings = without_group_means(embeddings, groups)
     if args.attributes:
-        name_attributes(rows, embeddings, args.attributes, args.clip)
+        name_attributes(rows, embeddings, args.attributes, encoder)
     else:
         cluster_rows(rows, embeddings, args)
     sheets, column = [part_of(row, args.within) for row in rows], "cluster"
@@ -176,9 +177,8 @@ def cluster_rows(rows, embeddings, args):
         print(f"{title}: {len(train)} images in clusters of {sizes}")
 
 
-def name_attributes(rows, embeddings, words, model):
+def name_attributes(rows, embeddings, words, encoder):
     """Adds `cluster`, the index of one of the words, and `confidence` to each row."""
-    encoder = clip.Clip(model, compute.accelerator().device)
     prompts = {y: texts[0] for y, texts in imagefolder.class_prompts(rows).items()}
     labels, confidences = most_similar(embeddings, rows, prompts, words, encoder)
     for row, label, confidence in zip(rows, labels, confidences):
@@ -214,7 +214,8 @@ def parse(argv=None):
     count, add = stage.number(int, 1), parser.add_argument
     add("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     add("--embeddings", type=Path, required=True, help="of its images: output of data/embed.py")
-    add("--k", type=number_of_clusters, default="auto", help="clusters per group or class, or auto")
+    add("--k", type=stage.number(int, 1, word="auto"), default="auto",
+        help="clusters per group or class, or auto")
     add("--within", choices=("group", "class", "dataset"), default="group",
         help="what is clustered")
     add("--as-attribute", action=stage.Flag, default=False, help="write a dataset whose attribute "
@@ -238,10 +239,6 @@ def parse(argv=None):
     if args.within == "dataset" and not args.as_attribute:
         raise InputError("--within dataset", "its clusters span classes", "add --as-attribute")
     return args
-
-
-def number_of_clusters(text):
-    return text if text == "auto" else stage.number(int, 1)(text)
 
 
 def save_sheet(path, data, rows, column):

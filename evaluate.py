@@ -237,7 +237,7 @@ def main(argv=None):
     groups = f"{len(sizes)} of {len(titles)}"
     lines = [tables.interval_line(recipe, table[recipe], found[recipe], predictions[recipe],
                                   labels[recipe], args.references, groups) for recipe in table]
-    text = tables.markdown(predictions, table, found, lines, rows, titles, args)
+    text = tables.markdown(predictions, table, found, lines, rows, titles, sizes, args)
     with files.replacing(args.out) as out:
         out.mkdir()
         files.write_csv(out / "results.csv", results)

@@ -56,8 +56,8 @@ def denoising_losses(unet, scheduler, latents, noise, timesteps, prompt_embeds, 
     return losses
 
 
-def dreambooth_loss(base, unit, step, args):
-    """The loss of one step on one unit, of LoRA too; (seed, unit, step) determine its draws.
+def step_loss(base, unit, step, args):
+    """The loss of one step on one unit, for DreamBooth and LoRA; (seed, unit, step) fix its draws.
 
     With prior preservation, as many of the base model's own images, with the plain prompt, are
     added to the batch, so that the model keeps what it knows about the group (Ruiz et al. 2023,
@@ -128,7 +128,7 @@ def finetune(base, unit, args):
         total = 0.0
         for part in range(args.accumulation):
             batch = step * args.accumulation + part
-            loss = dreambooth_loss(base, unit, batch, args) / args.accumulation
+            loss = step_loss(base, unit, batch, args) / args.accumulation
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):

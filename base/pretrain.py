@@ -238,10 +238,7 @@ def main(argv=None):
     args = parse(argv)
     stage.begin(args)
     rows = imagefolder.read_metadata(args.data, "train")
-    missing = [column for column in args.captions if column not in rows[0]]
-    if missing:
-        raise InputError(f"--captions {missing[0]}", f"is no column of {args.data}/metadata.csv",
-                         f"it has {', '.join(rows[0])}")
+    choose_captions(args, rows[0])
     key = files.digest(made.settings_of(args), imagefolder.digest(args.data, rows),
                        made.code_digest(__file__, training.Checkpoint, imagefolder.load_image))
     if stage.is_made(args, key):
@@ -257,6 +254,18 @@ def main(argv=None):
         save_sheets(out, pipe.to(accelerator.device, torch.float32), rows, args)
         stage.finish(out, args, key)
     files.remove(work)
+
+
+def choose_captions(args, columns):
+    """Sets --captions and --clip-first where they were not given; raises InputError."""
+    args.captions = args.captions or [name for name in ("text", "class_text") if name in columns]
+    args.clip_first = args.clip_first or args.captions[-1]
+    for name in args.captions:
+        if name not in columns:
+            raise InputError(f"--captions {name}", f"is no column of {args.data}/metadata.csv",
+                             f"it has {', '.join(columns)}")
+    if args.clip_first not in args.captions:
+        raise InputError(f"--clip-first {args.clip_first}", "is none of --captions", "name one")
 
 
 def examples_of(rows, args):
@@ -364,8 +373,8 @@ def parse(argv=None):
     count = stage.number(int, 1)
     add = parser.add_argument_group("data and size").add_argument
     add("--data", type=Path, required=True, help="prepared dataset folder")
-    add("--captions", nargs="+", default=["text", "class_text"], help="columns of captions; one "
-        "is taken at random, one that is named twice twice as often")
+    add("--captions", nargs="+", help="columns of captions; one is taken at random, one "
+        "that is named twice twice as often; default: text, and class_text if there is one")
     add("--clip-first", help="the column from which CLIP learns in the first quarter of its "
         "steps, so that what is hard to see is not lost behind what is easy; default: the last")
     add("--flip", action=stage.Flag, default=False, help="mirrored images are as good")
@@ -385,9 +394,6 @@ def parse(argv=None):
     pixels.add_flag(how)
     compute.add_flags(how)
     args = parser.parse_args(argv)
-    args.clip_first = args.clip_first or args.captions[-1]
-    if args.clip_first not in args.captions:
-        raise InputError(f"--clip-first {args.clip_first}", "is none of --captions", "name one")
     smallest = max(8, 2 ** (len(args.vae_widths) + len(args.unet_widths) - 2))
     if args.size % smallest:
         raise InputError(f"--size {args.size}", f"is no multiple of {smallest}",

@@ -130,8 +130,7 @@ class Sampler:
             if lora:
                 self.pipe.load_lora_weights(unit, weight_name=LORA_FILE)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(unit, f"cannot be loaded: {reason}", again) from None
+            raise InputError(unit, f"cannot be loaded: {files.reason(error)}", again) from None
         if lora and not self.pipe.get_list_adapters():
             raise InputError(unit, "contains no LoRA weights for the UNet of this base model",
                              again)

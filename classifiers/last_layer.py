@@ -1,6 +1,6 @@
 """Baselines that refit the last layer on val: DFR and SELF. Each changes model.last_layer.
 
-Both take the model, val (see common.classifiers.Images), its features (N, D), a seed, and what
+Both take the model, val (see classifiers.network.Images), its features (N, D), a seed, and what
 else they need by name; both return the chosen worst-group accuracy on the half of val that they
 choose by.
 """

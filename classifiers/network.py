@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import pickle
 
-from common import imagefolder, stage
+from common import files, imagefolder, stage
 from common.files import InputError
 from common.pixels import Pixels, ahead
 
@@ -81,7 +81,7 @@ def named_network(arch, torchvision_options, timm_options, weights):
         return importlib.import_module("timm").create_model(arch, **timm_options)
     except Exception as error:  # URLError, RuntimeError, ValueError, ...
         raise InputError(f"--arch {arch}", f"cannot be loaded with weights {weights}: "
-                         f"{str(error).splitlines()[0]}",
+                         f"{files.reason(error)}",
                          "give --weights none, or a file of weights") from None
 
 
@@ -142,7 +142,7 @@ def check_network(arch, weights, classes, resolution):
             model.last_layer(model.backbone(torch.zeros(1, 3, resolution, resolution)))
     except Exception as error:  # each network has its own way of refusing
         raise InputError(f"--arch {arch}", f"does not take images of {resolution} pixels: "
-                         f"{str(error).splitlines()[0]}", "try --resolution 224") from None
+                         f"{files.reason(error)}", "try --resolution 224") from None
 
 
 # ------------------------------------------------------------------------------------- the images

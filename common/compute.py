@@ -76,7 +76,8 @@ def accelerator(device="auto", precision="fp32"):
     from accelerate import Accelerator
 
     cuda = device == "auto" and torch.cuda.is_available()
-    bf16 = precision == "bf16" or precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or precision == "auto" and supported
     on_cpu = device == "cpu" or PROCESSES > 1 and not _on_gpu()
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
 

@@ -18,6 +18,11 @@ class InputError(Exception):
         super().__init__(f"{where}: {what} ({todo})")
 
 
+def reason(error):
+    """The first line of what an exception says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ----------------------------------------------------------------------------- reading and writing
 
 

@@ -3,7 +3,7 @@
 Images, and beside them a metadata.csv with the columns
 
     file_name   path of the image, relative to the csv, inside its folder
-    split       train, val or test (synthetic images: train)
+    split       train, val or test (synthetic images: train, and val of generate.py --val-share)
     y           class, an integer from 0
     a           attribute that the class is spuriously correlated with, an integer from 0
     text        caption of the image's group: its prompt
@@ -13,13 +13,14 @@ prompt of the class.
 """
 
 import csv
+import os
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from common import files, stage
+from common import compute, files
 from common.files import InputError
 
 REQUIRED = ("file_name", "split", "y", "a", "text")
@@ -298,7 +299,8 @@ def load_image(path, size):
 
 def progress(items, title, unit, **more):
     """A progress bar over `items`, or to be updated by hand; on a terminal of its own only."""
-    disable = True if stage.in_parallel() else None
+    together = compute.PROCESSES > 1 or "jobserver" in os.environ.get("MAKEFLAGS", "")
+    disable = True if together else None  # their bars would overwrite each other
     return tqdm(items, title, unit=unit, mininterval=1, disable=disable, **more)
 
 

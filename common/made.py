@@ -9,8 +9,9 @@ records what the result depends on; it is stale when one of these has changed:
     command   the command line
 
 A unit (a group's weights, a classifier's seed) is such a folder inside, kept or made anew by
-itself. `make` runs a stage when its script, the code in common/ or an input is newer, or when
-stale() names its folder; the stage then makes what the keys tell, often nothing.
+itself. `make` runs a stage when its script, shared code or an input folder is newer, when its
+command line differs, or when was_changed() says so; the stage then compares keys, and remakes only
+the units whose key differs.
 """
 
 import ast
@@ -58,13 +59,6 @@ def settings_of(args, *but):
 
 
 # ------------------------------------------------------------------------------- finished folders
-
-
-def start(out, wanted):
-    """Marks a folder as a stage's, and unfinished. wanted: {unit: how much of it}, for status."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / ".stage").write_text(json.dumps({"wanted": wanted}))
-    (out / "config.json").unlink(missing_ok=True)
 
 
 def finish(path, args, key, inputs=None, **more):
@@ -158,7 +152,7 @@ def listing(path):
     return files.digest(sorted(found)) if seen else None
 
 
-def stale(folder):
+def was_changed(folder):
     """Whether a finished folder, a unit in it, or an input from outside is not what it was."""
     folder = Path(folder)
     config = files.read_json(folder / "config.json")

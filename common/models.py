@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-from common import stage
+from common import files, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")
@@ -18,9 +18,8 @@ def load_model(read, name, flag):
         _check(model)
         return model
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, HTTP errors, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{flag} {name}", f"cannot be loaded: {reason}", "give a folder in "
-                         "diffusers layout or, with a network, a hub id") from None
+        raise InputError(f"{flag} {name}", f"cannot be loaded: {files.reason(error)}",
+                         "give a folder in diffusers layout or, with a network, a hub id") from None
 
 
 def _check(model):

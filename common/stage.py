@@ -26,7 +26,6 @@ from pathlib import Path
 from common import compute, files, made
 from common.files import InputError
 
-INTERRUPTED = "{}: interrupted (rerun the same command to resume)"
 RERUN = "(fix this and rerun; finished work is kept)"
 
 
@@ -47,7 +46,7 @@ def seed_of(*parts):
 
 
 def spent(begin):
-    """What a process used since `begin`, of time.monotonic(): seconds, and peak memory in MB."""
+    """Seconds since `begin`, of time.monotonic(), and the process's peak memory in MB."""
     import torch
 
     used = {"seconds": round(time.monotonic() - begin, 1),
@@ -85,10 +84,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
 Flag = argparse.BooleanOptionalAction
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: an `int` or a `float` in [low, high]; NaN and infinity are refused."""
+def number(kind, low=-math.inf, high=math.inf, word=None):
+    """An argparse type: an `int` or a `float` in [low, high], or `word`; no NaN, no infinity."""
 
     def parse(text):
+        if text == word:
+            return text
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -190,10 +191,10 @@ def outcome(failures):
     return 1 if failures else 0
 
 
-def _last_words(line, status=2):
+def _last_words(line):
     if compute.FIRST or _working[0]:
         print(" ".join(line.splitlines()), file=sys.stderr)
-    return status
+    return 2
 
 
 def end_at_ctrl_c():
@@ -203,7 +204,7 @@ def end_at_ctrl_c():
     needs cleaning up either, as whatever a killed process leaves never looks finished.
     """
     def end(number, frame):
-        line = INTERRUPTED.format(Path(sys.argv[0]).name) + "\n"
+        line = f"{Path(sys.argv[0]).name}: interrupted (rerun the same command to resume)\n"
         if _log[0]:
             os.write(_log[0].fileno(), line.encode())
         os.write(2, ("\n" * os.isatty(2) + line).encode())  # below a progress bar
@@ -212,11 +213,6 @@ def end_at_ctrl_c():
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background processes ignore it
             signal.signal(number, end)
-
-
-def in_parallel():
-    """Whether others print to the same terminal: progress bars would overwrite each other."""
-    return compute.PROCESSES > 1 or "jobserver" in os.environ.get("MAKEFLAGS", "")
 
 
 # --------------------------------------------------------------------------------- logs and locks
@@ -250,7 +246,8 @@ def start(args, wanted):
     """Marks OUT as unfinished. wanted: {unit: how much of it is to be made}, for `make status`."""
     compute.gather([])  # all processes have looked at what is there
     if compute.FIRST:
-        made.start(args.out, wanted)
+        files.write_json(args.out / ".stage", {"wanted": wanted})
+        (args.out / "config.json").unlink(missing_ok=True)
     compute.gather([])
     _working[0] = True
 

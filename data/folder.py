@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import imagefolder
+from common import files, imagefolder
 from common.files import InputError
 from data import Found, cut_splits, find, not_empty, read_text, split_name
 
@@ -85,19 +85,23 @@ def from_table(args):
     given = bool(columns) or "a" in rows[0]
     imagefolder.check_columns(path, rows[0], (args.image, args.y, *columns), "name the columns of "
                               "file names, class and attribute by --image, --y, --a")
+    args.y, args.a = of_own(args.y), [of_own(name) for name in args.a]
     for row in rows:
         name = row.pop(args.image)
         if os.path.isabs(name) and Path(name).is_relative_to(path.parent.resolve()):
             name = os.path.relpath(name, path.parent.resolve())
-        renamed = {f"own_{column}" if column in OF_STAGES else column: value
-                   for column, value in row.items()}
+        renamed = {of_own(column): value for column, value in row.items()}
         row.clear()
-        row.update({"file_name": name, "a": "0"} | renamed)
-        row["y"] = row[args.y]
+        row.update({"a": "0"} | renamed | {"file_name": name, "y": renamed[args.y]})
         if "split" in row:
             row["split"] = split_name(row["split"]) or row["split"]
     top = 2 if suffix == ".csv" else 1
     return labels_of(args, rows, path.parent, (path, top), args.a if given else [], told)
+
+
+def of_own(column):
+    """What a column of the table is called here: later stages have columns of their own."""
+    return f"own_{column}" if column in OF_STAGES else column
 
 
 def read_any_csv(path, told):
@@ -140,7 +144,7 @@ def read_parquet(path, told):
     try:
         table = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise InputError(path, f"cannot be read: {str(error).splitlines()[0]}",
+        raise InputError(path, f"cannot be read: {files.reason(error)}",
                          "save it again, or as csv") from None
     return not_empty(path, [{name: str(value) for name, value in row.items()} for row in table])
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import imagefolder
+from common import files, imagefolder
 from common.files import InputError
 from data import Found, cut_splits, split_name
+from data.folder import words
 
 SOURCE = "a hub id, such as grodino/waterbirds, or a folder of parquet files"
 LABELS = 100  # a column with more values than that is no label
@@ -25,10 +26,6 @@ def add_flags(parser):
                         "true and false")
     parser.add_argument("--a", help="the column of the attribute; default: attribute, if there is "
                         "such a column")
-
-
-def words(args):
-    return "a photo of a {y}, {a}", "a photo of a {y}", None, None
 
 
 def read(args):
@@ -84,8 +81,7 @@ def readable(root):
     try:
         yield
     except Exception as error:  # OSError, ValueError, HTTP errors, pyarrow's, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--root {root}", f"cannot be read by datasets: {reason}",
+        raise InputError(f"--root {root}", f"cannot be read by datasets: {files.reason(error)}",
                          "give a hub id, or a folder that load_dataset reads") from None
 
 
@@ -98,6 +94,9 @@ def codes_of(flag, feature, values):
     """({value: its label, from 0}, names of the labels or None if they are numbers)."""
     if hasattr(feature, "names"):  # a ClassLabel
         names = [name.replace("_", " ") for name in feature.names]
+        if values - set(range(len(names))):  # -1 or None, often in a test split
+            raise InputError(flag, "has images without a label",
+                             "remove these images, or their split")
         return {i: i for i in range(len(names))}, names
     kinds = {type(value) for value in values}
     if len(values) > LABELS or kinds not in ({int}, {str}, {bool}):

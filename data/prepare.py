@@ -7,10 +7,10 @@
 
 {datasets}
 
-A data set is a file beside this one, and needs no entry elsewhere: its docstring's first line is
-shown above; SOURCE says where to get it; read(args) returns a data.Found: where the images are, and
-a row each; words(args) returns the captions of a group and of a class, and the names of classes and
-attributes; add_flags(parser) and check(args) are optional.
+A data set is a file beside this one, and for `make` its settings, <name>.mk. Its docstring's first
+line is shown above; SOURCE says where to get it; read(args) returns a data.Found: where the images
+are, and a row each; words(args) returns templates of the captions of a group ({y}, {a}) and of a
+class ({y}), and the names of classes and attributes; add_flags(parser), check(args) are optional.
 
 --bias natural keeps the training images as they are. A number removes training images until this
 share of each class has the attribute that is most over-represented in it; val and test are never
@@ -182,8 +182,9 @@ def parse(argv=None):
     add = parser.add_argument
     add("dataset", choices=DATASETS)
     add("--root", type=Path, help="the unpacked download, your folder, or a hub id")
-    add("--bias", type=bias_of, default="natural", help="natural, or the share of a class's "
-        "training images that have the attribute it is correlated with")
+    add("--bias", type=stage.number(float, 0, 1, word="natural"), default="natural",
+        help="natural, or the share of a class's training images that have the attribute it is "
+        "correlated with")
     add("--classes", nargs="+", help="names of the classes in the captions, from 0 on")
     add("--attributes", nargs="+", help="names of the attributes in the captions, from 0 on")
     add("--template", help="a caption, with {y} and {a} for the names")
@@ -210,10 +211,6 @@ def about():
         tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         lines.append(f"{name:12}{ast.get_docstring(tree).splitlines()[0]}")
     return __doc__.replace("{datasets}", "\n".join(lines))
-
-
-def bias_of(text):
-    return text if text == "natural" else stage.number(float, 0, 1)(text)
 
 
 if __name__ == "__main__":

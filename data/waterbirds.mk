@@ -4,9 +4,9 @@ ROOT       ?= downloads/waterbird_complete95_forest2water2
 BIAS       ?= natural
 # paper: make paper
 PAPER_BIASES ?= natural 0.999
-# ours: the paper says Stable Diffusion; CLIP is Stable Diffusion 1.5's text encoder
+# ours: the paper says Stable Diffusion; CLIP: a base's own, or Stable Diffusion 1.5's text encoder
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
-CLIP       ?= openai/clip-vit-large-patch14
+CLIP       ?= $(or $(wildcard $(BASE)/clip),openai/clip-vit-large-patch14)
 # ours: the rare group has 56 images
 CLUSTER    ?= --min-size 20 --k-max 10
 IMAGES     ?= 1000
@@ -21,5 +21,5 @@ COMPOSITIONAL ?= --steps 4000 --batch 4 --learning-rate 1e-5 --balance 0.25 --gr
 # from Group-DRO's code: ResNet-50 with ImageNet weights, batch 128, rate 1e-3, weight decay 1e-4,
 # 224 of 256 pixels, random crops and flips; they train for 300 epochs, ours are 100. paper: beta
 EPOCHS     ?= 100
-CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --load-size 256 --augment crop-flip \
-  --batch 128 --learning-rate 1e-3 --weight-decay 1e-4 --beta 0.5
+CLASSIFIER ?= --arch resnet50 --weights imagenet --resolution 224 --load-size 256 \
+  --augment crop-flip --batch 128 --learning-rate 1e-3 --weight-decay 1e-4 --beta 0.5

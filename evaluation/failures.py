@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 import cluster
-from common import clip, compute, files, imagefolder, stage
+from common import clip, compute, files, imagefolder, pixels, stage
 from common.files import InputError
 from evaluation import own
 from evaluation.report import environment
@@ -93,6 +93,8 @@ def main(argv=None):
     args = parse(argv)
     stage.begin(args)
     rows = imagefolder.read_metadata(args.data)
+    labelled = len({row["a"] for row in rows}) > 1
+    command = cure(args, labelled)
     names = {y: texts[0].removeprefix("a photo of ")
              for y, texts in imagefolder.class_prompts(rows).items()}
     if args.predictions:
@@ -100,8 +102,8 @@ def main(argv=None):
                                     args.prediction)
     else:
         rows = own.with_classifier(rows, args)
-    embeddings = clip.read_embeddings(args.embeddings, rows)
     encoder = clip.Clip(args.clip, compute.accelerator(args.device).device)
+    embeddings = clip.read_embeddings(args.embeddings, rows, encoder)
     texts = encoder.texts(list(args.words)).numpy()
     labels = cluster.group_clusters(embeddings, args.k, args.k_max, args.min_size, 0)
     groups = groups_of(rows, embeddings, np.array(labels), args.words, texts, names)
@@ -117,7 +119,7 @@ def main(argv=None):
             data=args.data.name, images=len(rows), accuracy=f"{accuracy:.3f}",
             groups=[table_row(group) for group in groups], failing=failing, sheets=groups,
             classifier=args.predictions or args.weights, words=args.words,
-            command=cure(args), known=has_attributes(args.data))
+            command=command, known=labelled)
         (out / "failures.html").write_text(page, encoding="utf-8")
         files.write_csv(out / "groups.csv", [{name: group[name] for name in COLUMNS}
                                              for group in groups])
@@ -131,19 +133,14 @@ def main(argv=None):
         print(f"  {group['name']}: {group['images']} images, accuracy {group['accuracy']:.3f}, "
               f"rest of the class {group['rest']:.3f}; more of: "
               f"{group['words'] or 'none of the words'}")
-    print(f"see {args.out / 'failures.html'}; to train a better one and compare:\n{cure(args)}")
+    print(f"see {args.out / 'failures.html'}; to train a better one and compare:\n{command}")
 
 
-def has_attributes(data):
-    """Whether DATA's images have attribute labels."""
-    return len({row["a"] for row in imagefolder.read_metadata(data)}) > 1
-
-
-def cure(args):
+def cure(args, labelled):
     """The make command that trains without labels, and compares with the user's classifier.
 
-    Without attribute labels in DATA, the pseudo-groups of the page are the groups of the test: in
-    a copy, as this page is made anew from what the command makes.
+    Unless DATA has attribute labels (labelled), the page's pseudo-groups are the groups of the
+    test: in a copy, as this page is made anew from what the command makes.
     """
     dataset, dash, bias = args.data.name.rpartition("-")  # data/<dataset>-<bias>
     words = ["make", *([f"DATASET={dataset}", f"BIAS={bias}"] if dash else [f"DATASET={bias}"])]
@@ -152,7 +149,7 @@ def cure(args):
     for name in ("--bias", "--out", "--root", "--a-from"):
         if name in flags:
             del flags[flags.index(name):flags.index(name) + 2]
-    if arguments.get("dataset") == "folder" and not has_attributes(args.data):
+    if arguments.get("dataset") == "folder" and not labelled:
         copy = f"cp {shlex.quote(str(args.out / PSEUDO))} . && "
         flags += ["--a-from", PSEUDO]
     if arguments.get("root"):
@@ -197,13 +194,14 @@ def parse(argv=None):
         "for val and test")
     add("--arch", default="resnet50", help="of --weights: a network of torchvision or timm")
     add("--resolution", type=count, help="of --weights: pixels per side; default: timm's, or 224")
-    for name, what in (("mean", "means"), ("std", "deviations")):
+    for name, what in (("mean", "means"), ("std", "standard deviations")):
         add(f"--{name}", type=float, nargs=3, help=f"of --weights: the {what} by which red, green "
             "and blue, from 0 to 1, are normalised; default: timm's, or ImageNet's")
     add("--words", nargs="+", default=list(WORDS), help="what CLIP looks for")
-    add("--k", type=cluster.number_of_clusters, default="auto", help="clusters, or auto")
+    add("--k", type=stage.number(int, 1, word="auto"), default="auto", help="clusters, or auto")
     add("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
     add("--min-size", type=count, default=10, help="smallest number of images in a cluster")
+    pixels.add_flag(parser)
     compute.add_flags(parser, precision=False)
     add("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)

@@ -35,7 +35,8 @@ def with_predictions(rows, path, data, image="file_name", prediction="prediction
             raise InputError(path, f"has no column {column!r}; it has {', '.join(table[0])}",
                              f"name yours by {flag}")
     places, predicted, others = endings_of(rows), {}, 0
-    names = class_names(data)
+    words = files.read_json(Path(data) / "config.json").get("classes") or []
+    names = {word.lower(): number for number, word in enumerate(words)}
     for line, row in enumerate(table, 2):
         where = f"{path}, row {line}"
         place = place_of(row[image], places, where)
@@ -77,12 +78,6 @@ def place_of(name, places, where):
     return None
 
 
-def class_names(data):
-    """{name of a class, in small letters: its number} that data/prepare.py recorded."""
-    names = files.read_json(Path(data) / "config.json").get("classes") or []
-    return {name.lower(): number for number, name in enumerate(names)}
-
-
 def class_of(text, names, where):
     """A prediction as int: a number, 1.0 for 1, or the name of a class."""
     word = text.strip().replace("_", " ").lower()
@@ -103,7 +98,7 @@ def with_classifier(rows, args):
     classes = 1 + max(row["y"] for row in rows)
     model, size = network.whole_network(args.arch, args.weights, classes, args.mean, args.std)
     size = args.resolution or size
-    images, predicted = pixels.Pixels(args.data, rows, size), []
+    images, predicted = pixels.Pixels(args.data, rows, size, args.cache), []
     with torch.no_grad():
         for part in torch.arange(len(rows)).split(64):
             predicted += model(network.to_input(images[part], size)).argmax(1).tolist()

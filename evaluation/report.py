@@ -28,9 +28,9 @@ def conclude(rows):
     best = rows[0]
     accuracy = interval(best, "worst_group", ".3f")
     text = [f"{best['recipe']} has the best worst-group accuracy, {accuracy}."]
-    for reference in ("erm", "groupdro"):
-        name = f"vs_{reference}"
-        if best.get(name):
+    for name in compared(rows):
+        reference = name.removeprefix("vs_")
+        if best[name]:
             significant = float(best[f"{name}_low"]) > 0 or float(best[f"{name}_high"]) < 0
             verdict = "significant" if significant else "not significant"
             text.append(f"Difference from {reference}: {interval(best, name, '+.3f')}, {verdict}.")
@@ -48,10 +48,14 @@ def interval(row, name, form):
 # ------------------------------------------------------------------------------------- the tables
 
 
+def compared(rows):
+    """The columns of an intervals.csv that hold differences from a recipe, such as vs_erm."""
+    return [name for name in rows[0]
+            if f"{name}_low" in rows[0] and any(row[name] for row in rows)]
+
+
 def recipes_table(rows):
     """The rows of an intervals.csv for people."""
-    compared = [name for name in rows[0]
-                if f"{name}_low" in rows[0] and any(row[name] for row in rows)]
     table = []
     for row in rows:
         line = {"recipe": row["recipe"],

@@ -1,9 +1,10 @@
 """The tables of stage 5: results.md, intervals.csv and LaTeX."""
 
 import math
+from statistics import mean
 
-from common import imagefolder
-from evaluation import attributes, figures
+from common import files, imagefolder
+from evaluation import figures
 
 METRICS = {
     "worst_group": "worst-group accuracy",
@@ -58,14 +59,13 @@ def averaged_over(predictions):
     return f"{' or '.join(map(str, sorted(runs)))} runs with other models (one run: over its seeds)"
 
 
-def markdown(predictions, table, found, lines, rows, titles, args):
+def markdown(predictions, table, found, lines, rows, titles, sizes, args):
     """results.md. table, found: of evaluate.summary() and intervals_of(); lines: of intervals.csv.
 
-    rows: of DATA's metadata; titles: {group: name}.
+    rows: of DATA's metadata; titles, sizes: {group: its name, number of images}.
     """
     over = averaged_over(predictions)
     labels = {line["recipe"]: line["group_labels"] for line in lines}
-    sizes = imagefolder.group_counts(next(iter(next(iter(predictions.values())).values())))
     compared = [f"vs {reference}" for reference in args.references
                 if any(f"vs {reference}" in row for row in found.values())]
     text = (f"Accuracy on {args.split}: mean ± std over {over}. In brackets: 95 % intervals over "
@@ -95,9 +95,9 @@ def markdown(predictions, table, found, lines, rows, titles, args):
         text += (f"\n**Not estimated**: {', '.join(absent)} {'has' if len(absent) == 1 else 'have'}"
                  f" no {args.split} images. The worst group is the worst of {len(sizes)} of "
                  f"{len(titles)} groups.\n")
-    several = attributes.columns_of(args.data)
-    if several:
-        text += "\n" + attributes.table_of(predictions, rows, several)
+    columns = files.read_json(args.data / "config.json").get("arguments", {}).get("a")
+    if isinstance(columns, list) and len(columns) > 1:  # groups are their combinations
+        text += "\n" + attributes_table(predictions, rows, columns)
     for line in lines:
         if line["collapsed"]:
             text += (f"\n**Collapsed**: {line['collapsed']} of {line['recipe']}'s classifiers "
@@ -107,6 +107,32 @@ def markdown(predictions, table, found, lines, rows, titles, args):
         text += (f"\n**One seed**: {', '.join(single)}. Intervals of these recipes, and "
                  f"differences from them, cover other {args.split} images only, not other seeds.\n")
     return text
+
+
+def attributes_table(predictions, rows, columns):
+    """A table in markdown: of each recipe and attribute the lowest accuracy of a class and value.
+
+    predictions: {recipe: {seed: rows with file_name, y, prediction}}; rows: of metadata. An
+    accuracy is the mean over seeds.
+    """
+    known = {row["file_name"]: row for row in rows}
+    lines = []
+    for recipe, seeds in predictions.items():
+        line = [recipe]
+        for column in columns:
+            shares = {}
+            for predicted in seeds.values():
+                correct = {}
+                for row in predicted:
+                    part = f"class {row['y']}, {column} {known[row['file_name']][column]}"
+                    correct.setdefault(part, []).append(row["prediction"] == row["y"])
+                for part, hits in correct.items():
+                    shares.setdefault(part, []).append(mean(hits))
+            worst = min(shares, key=lambda part: mean(shares[part]))
+            line.append(f"{mean(shares[worst]):.3f} ({worst})")
+        lines.append(line)
+    heads = ["recipe", *(f"worst by {column} alone" for column in columns)]
+    return figures.markdown_table(heads, lines)
 
 
 def plus_minus(value, std):

@@ -9,7 +9,7 @@ import pytest
 from conftest import make, new_house, run, slow
 from PIL import Image, ImageDraw
 
-from common import files, imagefolder, made
+from common import imagefolder, made
 
 GROUPS = {(0, 0): 24, (0, 1): 6, (1, 0): 6, (1, 1): 24}
 

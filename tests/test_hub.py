@@ -17,6 +17,7 @@ CAPTIONS = ("--classes", "bird", "duck", "--attributes", "land", "lake")
 def parquet(folder, split, count, columns, features=None):
     """Images of random colours and columns, functions of the index, in a parquet file, as push_to_hub writes it."""
     import datasets
+    import pyarrow.parquet
 
     def image(i):
         out = io.BytesIO()
@@ -27,7 +28,8 @@ def parquet(folder, split, count, columns, features=None):
     features = datasets.Features({"image": datasets.Image()} | {name: (features or {}).get(name, datasets.Value(
         {bool: "bool", int: "int64", str: "string", float: "float64"}[type(of(0))])) for name, of in columns.items()})
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(table, features=features).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    table = pyarrow.Table.from_pydict(table, features.arrow_schema)
+    pyarrow.parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
 
@@ -85,3 +87,13 @@ def test_what_cannot_be_read_is_a_one_line_error(tmp_path, spoil):
         (tmp_path / "r" / "train-00000-of-00001.parquet").write_bytes(b"no parquet")
     run("data/prepare.py", "hub", "--root", tmp_path / "r", "--out", tmp_path / "o", fails="cannot be read by datasets")
     assert not (tmp_path / "o").exists()
+
+
+@there
+def test_an_image_without_its_class_label_is_refused(tmp_path):
+    import datasets
+
+    kinds = {"label": datasets.ClassLabel(names=["cat", "dog"])}
+    root = parquet(tmp_path / "r", "train", 20, {"label": lambda i: i % 2}, kinds)
+    parquet(root, "test", 4, {"label": lambda i: -1}, kinds)
+    run("data/prepare.py", "hub", "--root", root, "--out", tmp_path / "o", fails="--y label: has images without a label")

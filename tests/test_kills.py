@@ -189,7 +189,7 @@ FILLERS = {
                 "--batch 2 --out {out}",
     "classifier": "train_classifier.py --recipe erm --data {data} --epochs 1 --seeds 0 1 --out {out}",
     "images": "evaluation/images.py --data {data} --embeddings {embeddings} --synthetic {vanilla} --clip {base}/clip --out {out}",
-    "pretrain": "base/pretrain.py --images 50 --vae-steps 1 --clip-steps 1 --unet-steps 1 --samples 1 --out {out}",
+    "pretrain": "base/pretrain.py --data {data} --captions text --vae-steps 1 --clip-steps 1 --unet-steps 1 --samples 1 --out {out}",
 }
 
 

@@ -1,6 +1,5 @@
 """Data without attribute labels: pseudo-groups, learned identifiers, a synthetic val set, and the page about failures."""
 
-import csv
 import re
 import shlex
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BIASED, ROOT, files_of, make, make_dataset, new_house, run, slow
+from conftest import BIASED, make, make_dataset, new_house, run, slow
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -343,6 +342,8 @@ def test_a_folder_without_attribute_labels_is_known_by_its_header_or_its_folders
     runs("clustered", table)
     (table / "metadata.csv").write_text("file_name,y,gender,age\n")
     runs("clustered", table, "PREPARE=--a gender age")
+    assert "--recipe sage" in make(house, "-n", "DATASET=hub", "ROOT=x/y", "LABELLED=")
+    assert '--clip "base/miniature/clip"' in make(house, "-n", "DATASET=folder", f"ROOT={table}", "BASE=base/miniature")
     for name, recipe in (("cat", "sage"), ("cat/grass", "clustered"), ("train/cat", "sage"), ("train/cat/grass", "clustered")):
         folder = tmp_path / name.replace("/", "-")
         (folder / name).mkdir(parents=True)

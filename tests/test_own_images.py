@@ -88,6 +88,10 @@ TABLES = {  # what people have, flags for it, the labels of the four images, and
         "--image", "path", "--y", "label", "--a", "place", "--attributes", "grass", "snow"), "01 10 00 11", "classes 0 = cat / 1 = dog"),
     "several attributes": ("file_name,y,gender,age\n0.png,cat,f,1\n1.png,dog,m,0\n2.png,cat,m,1\n3.png,dog,f,1\n",
                            ("--a", "gender", "age"), "00 11 02 10", "attributes 0 = f, age 1 / 1 = m, age 0 / 2 = m, age 1"),
+    "columns of later stages": ("file_name,cluster,seed\n0.png,cat,grass\n1.png,dog,grass\n2.png,cat,snow\n3.png,dog,snow\n",
+                                ("--y", "cluster", "--a", "seed"), "00 10 01 11", "attributes 0 = grass / 1 = snow"),
+    "two columns of names": ("file_name,path,y\nx.png,0.png,cat\nx.png,1.png,dog\nx.png,2.png,cat\nx.png,3.png,dog\n",
+                             ("--image", "path"), "00 10 00 10", "classes 0 = cat / 1 = dog"),
     "validation": ("file_name,y,split\n0.png,cat,Train\n1.png,dog,valid\n2.png,cat,test\n3.png,dog,training\n", (),
                    "00 10 00 10", "classes 0 = cat / 1 = dog"),
 }

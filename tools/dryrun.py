@@ -71,10 +71,6 @@ def dataset(folder, photos, width, train, groups=GROUPS):
 # -------------------------------------------------------------------------------------- measuring
 
 
-class Failed(Exception):
-    pass
-
-
 def run(out, name, command, **flags):
     """Runs a command with other flags: of equal flags the last counts. Its cost, as a dict."""
     folder, log = out / "runs" / name, out / "logs" / f"{name}.log"
@@ -89,7 +85,7 @@ def run(out, name, command, **flags):
     seconds = time.monotonic() - begin
     if status:
         last = (log.read_text(errors="replace").strip() or f"status {status}").splitlines()[-1]
-        raise Failed(last[:300])
+        raise RuntimeError(last[:300])
     units = [files.read_json(path) for path in (folder / "config.json",
                                                 *folder.glob("*/config.json"))]
     disk = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
@@ -150,7 +146,8 @@ def generating(out, name, command, data_of, more, images):
 def classifying(out, name, command, settings, data_of, batches, epochs):
     size = math.ceil(settings.batch / 4) * batches
     data = data_of(4 * size)
-    flags = {"synthetic": data} if settings.synthetic else {}
+    given = {"synthetic": settings.synthetic, "groups": settings.groups}
+    flags = {name: data for name, value in given.items() if isinstance(value, Path)}
     done = run(out, name, command, data=data, seeds=0, epochs=epochs, weights="none", **flags)
     images = projection.passes(settings, [size] * 4, size, 8, 8, epochs)
     return row_of([done], startup_s=done["seconds"] - done["work_s"],
@@ -206,7 +203,7 @@ def measure(commands, gpu, args):
         if name not in rows:
             try:
                 rows[name] = {"stage": name} | jobs[words[0]]()
-            except Failed as error:
+            except RuntimeError as error:
                 print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
                 empty = dict.fromkeys((*EVERY, "memory_mb", "gpu_mb", "disk_mb"), "")
                 rows[name] = {"stage": name, **empty, "result": f"failed: {error}"}

@@ -69,8 +69,8 @@ def check_names(overrides):
     paths = [Path("Makefile"), *Path("data").glob("*.mk"), *Path("evaluation").glob("*.mk")]
     text = "\n".join(path.read_text() for path in paths)
     settable = set(re.findall(r"^(?:export )?([A-Z_]+) *\?=", text, re.M))
-    internal = set(re.findall(r"^([A-Z_]+) *:?=", text, re.M))
-    known = (settable | set(re.findall(r"\$\(([A-Z_]+)\)", text))) - internal
+    internal = set(re.findall(r"^([A-Z_]+) *[:+]?=", text, re.M))
+    known = settable | set(re.findall(r"\$\(([A-Z_]+)\)", text)) - internal
     for name in re.findall(r"(?:^|(?<!\\) )([A-Za-z_][\w.-]*)[:+?]?=", overrides):
         if name not in known and not name.startswith("MAKE"):
             raise Wrong(f"{name}: no such setting ({did_you_mean(name, known, 0.5)}see make help)")
@@ -178,7 +178,7 @@ def stale(asked, record, goals, *plan):
         folder, command = entry.split(maxsplit=1)
         config = f"{folder}/config.json"
         done = files.read_json(config).get("command")  # with --out FOLDER at its end
-        if made.stale(folder):
+        if made.was_changed(folder):
             print(f"note: {folder}: its files or inputs were changed, it is made again",
                   file=sys.stderr)
             found.append(config)
