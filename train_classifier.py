@@ -334,7 +334,8 @@ def parse(argv=None):
         "each")
     add("--arch", default="cnn", help="cnn, for 32 pixels, or a network of torchvision (resnet50, "
         "convnext_tiny, vit_b_16, ...) or timm")
-    add("--weights", default="none", help="initial: imagenet, none, or a .safetensors file")
+    add("--weights", default="none", help="initial: imagenet, none, or a file, .safetensors "
+        "or .pth")
     add("--resolution", type=count, default=32, help="pixels per side that the classifier sees")
     add("--load-size", type=count, help="pixels per side that images are resized to; the "
         "classifier sees their middle; default: the resolution")

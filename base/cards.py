@@ -25,7 +25,7 @@ def of_images(path, rows, args):
     titles, counts = imagefolder.group_titles(rows), imagefolder.group_counts(rows)
     prompts = [f"`{prompt}`" for prompt in sorted({row["prompt"] for row in rows})]
     table = "".join(f"| {titles[group]} | {count} |\n" for group, count in counts.items())
-    tuned = ", fine-tuned per group or cluster" if args.models else ""
+    tuned = ", fine-tuned" if args.models else ""
     settings = {"license": "unknown", "task_categories": ["image-classification"],
                 "tags": ["synthetic", "imagefolder"]}
     save(path, settings, f"""\

@@ -3,7 +3,8 @@
     python evaluation/report.py --run runs/digits-0.95 --data data/digits-0.95 \\
         --out runs/digits-0.95/results/report.html
 
-Reads what the stages left in RUN: results/, images/, ablations/, clusters/ and every config.json.
+Reads what the stages left in RUN: results/, images/, ablations/, clusters/, modes/, pseudo/ and
+every config.json.
 Writes the one file OUT, which opens from disk without a network; every text in it is escaped.
 """
 

@@ -5,8 +5,8 @@
 
 Needs neither the images nor the models: it makes random photographs, and models of random weights
 with the shapes of Stable Diffusion 1.5 and CLIP ViT-L/14 unless BASE and CLIP are folders. Each
-command runs as make would run it, twice, on few images and with few steps: two runs that differ in
-one number give the seconds per step or image, the rest is start-up.
+command runs as make would run it, on few images and with few steps: two runs that differ in one
+number give the seconds per step or image, the rest is start-up (a classifier tells them itself).
 
 Writes OUT/dryrun.csv (a row per stage: seconds and memory), OUT/projection.csv (a row per folder
 that make would make: hours and GB) and OUT/dryrun.md (both). A stage that fails is a row, the

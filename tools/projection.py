@@ -18,7 +18,7 @@ EVERY = {"startup_s": "runs", "unit_s": "units", "step_s": "steps", "image_s": "
 
 
 def counts_of(data, dataset, bias, subsample):
-    """(sizes of the training groups, images of val, of test), and in words where they are from.
+    """(sizes of the training groups, images of val, of test), and where they are from.
 
     data: the dataset's folder, which need not exist; subsample: of data/prepare.py.
     """
