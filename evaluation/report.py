@@ -63,7 +63,7 @@ def recipes_table(rows):
                 "worst-group accuracy": interval(row, "worst_group", ".3f"),
                 "average-group accuracy": f"{float(row['average_group']):.3f}",
                 "group labels": row["group_labels"]}
-        for name in compared:
+        for name in compared(rows):
             line[name] = interval(row, name, "+.3f") if row[name] else ""
         table.append(line)
     return table
