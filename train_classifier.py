@@ -254,7 +254,7 @@ def main(argv=None):
     groups = list(imagefolder.group_counts(everything))
     classes = 1 + max(row["y"] for row in everything)
     if compute.FIRST:
-        print(*imagefolder.absent(known, synthetic, classes), sep="", end="")
+        print(*network.absent(known, synthetic, classes), sep="", end="")
     for y in range(classes) if RECIPES[args.recipe][-1].images == "val" else ():
         if sum(row["y"] == y for row in known["val"]) < 2:
             raise InputError(chosen_on, f"has too few val images of class {y} for {args.recipe}",

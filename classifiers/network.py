@@ -148,6 +148,26 @@ def check_network(arch, weights, classes, resolution):
 # ------------------------------------------------------------------------------------- the images
 
 
+def absent(rows, synthetic, classes):
+    """Lines about what training lacks: classes without any image, groups without val images.
+
+    rows: {split: rows of metadata}; synthetic: rows of training images; classes: their number.
+    """
+    everything, lines = [row for part in rows.values() for row in part], []
+    seen = {row["y"] for row in (*rows["train"], *synthetic)}
+    empty = [str(y) for y in range(classes) if y not in seen]
+    if empty:
+        lines.append(f"note: no training images of class {', '.join(empty)}; labels should count "
+                     "from 0 without gaps\n")
+    titles = imagefolder.group_titles(everything)
+    tested = imagefolder.group_counts(rows["val"])
+    missing = [title for group, title in titles.items() if group not in tested]
+    if missing:
+        lines.append(f"note: no val images of {', '.join(missing)}; epochs are chosen by the worst "
+                     f"of {len(tested)} of {len(titles)} groups\n")
+    return lines
+
+
 class Images:
     """Images of some rows: pixels (see Pixels), y (N,), and group (N,), an index in `groups`."""
 
