@@ -36,9 +36,11 @@ make base      train a base model from scratch: the miniature, or DATASET=mine: 
 make bench     speed and memory beside what one would run instead: BENCH="--peers ~/peers"
 make clean     remove runs/{DATASET}-{BIAS}
 
-Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, for example
-make CLUSTER="--k-max 8" (PREPARE EMBED CLUSTER LORA DREAMBOOTH CLUSTERED COMPOSITIONAL GENERATE
-CLASSIFIER, PRETRAIN of make base, DRYRUN of make dryrun; LAUNCH stands before commands):
+Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, which replace those of
+data/{DATASET}.mk, for example make CLUSTER="--k-max 8" (PREPARE EMBED CLUSTER PSEUDO LORA
+DREAMBOOTH CLUSTERED COMPOSITIONAL TOKENS GENERATE CLASSIFIER FAILURES, PRETRAIN of make base,
+DRYRUN). ROOT is your folder, PREDICTIONS your csv, COLUMNS names its columns, LAUNCH stands before
+commands:
 """
 WITHOUT_RUN = {"help", "dryrun", "bench", "clean", "test", "torture", "test-slurm", "base"}
 
