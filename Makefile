@@ -49,6 +49,7 @@ $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(sett
 PY       = .venv/bin/python
 seed     = $(firstword $(MODEL_SEEDS))
 DATA     = data/$(DATASET)-$(BIAS)
+# Inside $(foreach seed,$(MODEL_SEEDS),...) $(seed), and with it $(RUN), is that of another run.
 RUN      = runs/$(DATASET)-$(BIAS)$(patsubst %,-seed%,$(filter-out 0,$(seed)))
 EMBEDDED = runs/$(DATASET)-$(BIAS)/embeddings
 CACHED   = $(if $(filter no,$(CACHE)),--no-cache)
