@@ -4,5 +4,5 @@ LOADER   = utkface
 BIAS     ?= natural
 PREPARE  ?= --bins 6-19 51-116 --attributes young old
 PRETRAIN ?= --size 64 --unet-widths 48 96 128 --flip --clip-steps 1000 --vae-steps 1200 \
-  --unet-steps 3000
+  --unet-steps 1200
 export OMP_NUM_THREADS ?= 1
