@@ -11,7 +11,11 @@ SEEDS        ?= 0 1 2
 MODEL_SEEDS  ?= 0
 BASE         ?= base/miniature
 NEW_BASE     ?= base/$(DATASET)
-CLIP         ?= $(BASE)/clip
+blank        := $(empty) $(empty)
+# A base's own CLIP, or that of Stable Diffusion 1.x.
+clip         := $(or $(wildcard $(subst $(blank),\$(blank),$(BASE))/clip), \
+  openai/clip-vit-large-patch14)
+CLIP         ?= $(clip)
 K            ?= auto
 MODES        ?= auto
 IMAGES       ?= 250

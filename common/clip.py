@@ -111,8 +111,7 @@ def read_embeddings(folder, rows, clip=None):
         if embeddings.shape != (len(names), embeddings.shape[-1]) or not finite:
             raise ValueError("it does not hold a finite embedding for each file_name")
     except Exception as error:  # OSError, ValueError, EOFError, KeyError, BadZipFile, ...
-        reason = error or type(error).__name__
-        raise InputError(path, f"cannot be read: {reason}", again) from None
+        raise InputError(path, f"cannot be read: {files.reason(error)}", again) from None
     places = {name: i for i, name in enumerate(names)}
     missing = [row["file_name"] for row in rows if row["file_name"] not in places]
     if missing:

@@ -5,9 +5,8 @@ ROOT       ?= downloads/celeba
 BIAS       ?= natural
 # paper: make paper
 PAPER_BIASES ?= natural 0.999
-# ours: the paper says Stable Diffusion; CLIP: a base's own, or Stable Diffusion 1.5's text encoder
+# ours: the paper says Stable Diffusion
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
-CLIP       ?= $(or $(wildcard $(BASE)/clip),openai/clip-vit-large-patch14)
 # ours: thousands of images a group
 CLUSTER    ?= --min-size 100 --k-max 10
 IMAGES     ?= 2000

@@ -21,7 +21,6 @@ RECIPES    ?= $(if $(LABELLED),$(WITH_LABELS),$(WITHOUT_LABELS))
 REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
 BIAS       ?= natural
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
-CLIP       ?= $(or $(wildcard $(BASE)/clip),openai/clip-vit-large-patch14)
 IMAGES     ?= 500
 GENERATE   ?= --steps 25 --guidance-scale 2 --batch 16
 LORA       ?= --steps 800 --batch 4 --learning-rate 1e-4 --rank 16

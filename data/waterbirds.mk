@@ -4,9 +4,8 @@ ROOT       ?= downloads/waterbird_complete95_forest2water2
 BIAS       ?= natural
 # paper: make paper
 PAPER_BIASES ?= natural 0.999
-# ours: the paper says Stable Diffusion; CLIP: a base's own, or Stable Diffusion 1.5's text encoder
+# ours: the paper says Stable Diffusion
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
-CLIP       ?= $(or $(wildcard $(BASE)/clip),openai/clip-vit-large-patch14)
 # ours: the rare group has 56 images
 CLUSTER    ?= --min-size 20 --k-max 10
 IMAGES     ?= 1000

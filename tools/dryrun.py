@@ -71,6 +71,10 @@ def dataset(folder, photos, width, train, groups=GROUPS):
 # -------------------------------------------------------------------------------------- measuring
 
 
+class Failed(Exception):
+    pass
+
+
 def run(out, name, command, **flags):
     """Runs a command with other flags: of equal flags the last counts. Its cost, as a dict."""
     folder, log = out / "runs" / name, out / "logs" / f"{name}.log"
@@ -85,7 +89,7 @@ def run(out, name, command, **flags):
     seconds = time.monotonic() - begin
     if status:
         last = (log.read_text(errors="replace").strip() or f"status {status}").splitlines()[-1]
-        raise RuntimeError(last[:300])
+        raise Failed(last[:300])
     units = [files.read_json(path) for path in (folder / "config.json",
                                                 *folder.glob("*/config.json"))]
     disk = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
@@ -203,7 +207,7 @@ def measure(commands, gpu, args):
         if name not in rows:
             try:
                 rows[name] = {"stage": name} | jobs[words[0]]()
-            except RuntimeError as error:
+            except Failed as error:
                 print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
                 empty = dict.fromkeys((*EVERY, "memory_mb", "gpu_mb", "disk_mb"), "")
                 rows[name] = {"stage": name, **empty, "result": f"failed: {error}"}
