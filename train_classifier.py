@@ -161,6 +161,8 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
     epochs, rate, learning = args.epochs, args.learning_rate, model
     if phase.keeps == "errors":
         epochs = args.jtt_epochs
+    elif phase.images == "synthetic":
+        epochs = args.pretrain_epochs
     if frozen:  # the backbone and its batch statistics: features are computed once
         epochs, rate, learning = args.last_layer_epochs, args.last_layer_rate, model.last_layer
         features, val_features = (features_of(model, part, args.resolution, autocast)
@@ -215,7 +217,8 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
 def train(phases, images, val, groups, classes, accelerator, args, seed, log):
     """Goes through a recipe's phases; images: {name: Images}; groups, classes: their numbers.
 
-    Returns (classifier, worst-group accuracy on val).
+    With --erm its network stands for the first phase. Returns (classifier, worst-group accuracy on
+    val).
     """
     autocast, real = accelerator.autocast, images["real"]
     for phase in phases:
@@ -223,7 +226,11 @@ def train(phases, images, val, groups, classes, accelerator, args, seed, log):
             torch.manual_seed(stage.seed_of(seed))  # the same initial weights for every recipe
             model = network.new_classifier(args.arch, args.weights, classes)
             model.to(accelerator.device, memory_format=torch.channels_last)
-        if phase.images == "val":
+        if args.erm and phase == ERM:
+            network.load_weights(model, args.erm / f"seed{seed}/model.safetensors", "train it again")
+            log += files.read_csv(args.erm / f"seed{seed}/log.csv")
+            history = None  # DFR needs none
+        elif phase.images == "val":
             refit = getattr(last_layer, phase.loss)
             features = features_of(model, val, args.resolution, autocast)
             best = refit(model, val, features, seed, history=history, points=args.self_points,
@@ -266,14 +273,12 @@ def main(argv=None):
     if args.groups or args.val == "synthetic":
         digests["groups"] = files.digest(known["train"],
                                          imagefolder.digest(chosen_on, known["val"]))
-    phases = RECIPES[args.recipe]  # another recipe or loss in this file retrains nothing
-    of_recipe = [getattr(Losses, phase.loss) for phase in phases if hasattr(Losses, phase.loss)]
-    code = made.code_digest(train, train_phase, Losses.__init__, supervised_contrastive, *of_recipe,
-                            predictions_of, network.__file__, last_layer.__file__, pixels.Pixels,
-                            imagefolder.load_image, stage.seed_of)
-    key = files.digest(made.settings_of(args, "seeds", "groups"), phases, digests,
-                       files.model_digest(args.weights), code)
+    key = key_of(args.recipe, digests, args)
     todo = [seed for seed in args.seeds if not made.is_finished(args.out / f"seed{seed}", key)]
+    for seed in todo if args.erm else ():
+        if not made.is_finished(args.erm / f"seed{seed}", key_of("erm", digests, args)):
+            raise InputError(args.erm, f"has no seed {seed} of erm with these settings and images",
+                             "train it with the same flags, or leave out --erm")
     failures = []
     if todo:
         def images_of(folder, rows, groups=groups):
@@ -308,6 +313,17 @@ def main(argv=None):
     return status
 
 
+def key_of(recipe, digests, args):
+    """What a seed depends on; another recipe or loss in this file retrains nothing."""
+    phases = RECIPES[recipe]
+    losses = [getattr(Losses, phase.loss) for phase in phases if hasattr(Losses, phase.loss)]
+    code = made.code_digest(train, train_phase, Losses.__init__, supervised_contrastive, *losses,
+                            predictions_of, network.__file__, last_layer.__file__, pixels.Pixels,
+                            imagefolder.load_image, stage.seed_of)
+    settings = made.settings_of(args, "seeds", "groups") | {"recipe": recipe, "erm": None}
+    return files.digest(settings, phases, digests, files.model_digest(args.weights), code)
+
+
 def known_rows(rows, args):
     """({train, val: rows with the groups that training knows}, the folder of val's images)."""
     relabelled = imagefolder.with_attributes_of(args.groups, rows["train"] + rows["val"])
@@ -329,6 +345,8 @@ def parse(argv=None):
         "class is one group")
     add("--val", choices=("real", "synthetic"), default="real", help="val images: of DATA or "
         "SYNTHETIC")
+    add("--erm", type=Path, help="dfr: the folder of erm with the same flags, whose networks are "
+        "taken instead of being trained again")
     add("--out", type=Path, required=True, help="folder to write the seeds to")
     add("--seeds", type=stage.number(int, 0), nargs="+", default=[0, 1, 2], help="one classifier "
         "each")
@@ -342,6 +360,8 @@ def parse(argv=None):
     add("--augment", choices=("none", "crop-flip"), default="none", help="crop-flip: random crops "
         "of 70 to 100 %% and flips while all weights learn")
     add("--epochs", type=count, default=30, help="epochs of a phase in which all weights learn")
+    add("--pretrain-epochs", type=count, help="of such a phase on synthetic images alone; default: "
+        "--epochs")
     add("--learning-rate", type=positive, default=0.02, help="of SGD, momentum 0.9, cosine to 0")
     add("--last-layer-epochs", type=count, default=30, help="epochs of the last-layer phase")
     add("--last-layer-rate", type=positive, default=0.001, help="its learning rate")
@@ -362,6 +382,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))
     args.load_size = args.load_size or args.resolution
+    args.pretrain_epochs = args.pretrain_epochs or args.epochs
     check(args)
     return args
 
@@ -372,6 +393,8 @@ def check(args):
     if needed != bool(args.synthetic):
         raise InputError("--synthetic", f"{args.recipe} {'needs' if needed else 'does not use'} "
                          "synthetic images", "generate.py writes such a folder")
+    if args.erm and args.recipe != "dfr":
+        raise InputError("--erm", f"{args.recipe} does not begin with erm", "leave it out")
     if args.val == "synthetic" and not args.synthetic:
         raise InputError("--val synthetic", f"{args.recipe} uses no synthetic images",
                          "use --val real")

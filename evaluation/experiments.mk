@@ -3,6 +3,7 @@
 ffr.images          = vanilla
 ffr-groupdro.images = vanilla
 sage.images         = tokens
+dfr.recipe          = dfr $(if $(filter erm,$(RECIPES)),--erm $(RUN)/classifiers/erm)
 $(foreach beta,1 0.9 0.1,$(eval beta$(beta).recipe = two-stage --beta $(beta)))
 # ---- without attribute labels: groups are the pseudo-groups of cluster.py, DATA's only test -----
 # tokens (of sage, Luo et al. 2026): one LoRA with a learned word for each pseudo-group; one-free:

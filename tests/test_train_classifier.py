@@ -258,6 +258,24 @@ def test_every_recipe_publishes_weights_predictions_and_log_and_repeats_to_the_b
         assert abs(float(row["p0"]) + float(row["p1"]) - 1) < 1e-5
 
 
+def test_dfr_takes_the_networks_of_erm_and_gives_the_same_bytes(dataset, tmp_path):
+    args = ("train_classifier.py", "--data", dataset, *QUICK)
+    for recipe in ("erm", "dfr"):
+        run(*args, "--recipe", recipe, "--out", tmp_path / recipe)
+    after = (*args, "--recipe", "dfr", "--erm", tmp_path / "erm", "--out")
+    run(*after, tmp_path / "after")
+    assert files_of(tmp_path / "after") == files_of(tmp_path / "dfr")
+    assert "seed" not in run(*after, tmp_path / "dfr")  # one is as good as the other
+    run(*after, tmp_path / "other", "--batch", 8, fails="has no seed 0 of erm with these settings")
+
+
+def test_pretraining_has_epochs_of_its_own(dataset, vanilla, tmp_path):
+    run("train_classifier.py", "--recipe", "ffr", "--data", dataset, "--synthetic", vanilla, *QUICK,
+        "--pretrain-epochs", 3, "--out", tmp_path / "ffr")
+    log = files.read_csv(tmp_path / "ffr" / "seed0" / "log.csv")
+    assert [row["images"] for row in log] == 3 * ["synthetic"] + 2 * ["real"]
+
+
 def test_the_second_stage_moves_the_last_layer_alone(dataset, vanilla, tmp_path):
     from safetensors.torch import load_file
 

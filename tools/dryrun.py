@@ -13,6 +13,7 @@ that make would make: hours and GB) and OUT/dryrun.md (both). A stage that fails
 others still run, and the exit status is 1.
 """
 
+import argparse
 import math
 import os
 import random
@@ -152,8 +153,12 @@ def classifying(out, name, command, settings, data_of, batches, epochs):
     data = data_of(4 * size)
     given = {"synthetic": settings.synthetic, "groups": settings.groups}
     flags = {name: data for name, value in given.items() if isinstance(value, Path)}
-    done = run(out, name, command, data=data, seeds=0, epochs=epochs, weights="none", **flags)
-    images = projection.passes(settings, [size] * 4, size, 8, 8, epochs)
+    flags |= {"epochs": epochs, "pretrain_epochs": epochs}
+    if settings.erm:  # there is none here
+        command = [word for word in command if word not in ("--erm", str(settings.erm))]
+    done = run(out, name, command, data=data, seeds=0, weights="none", **flags)
+    settings = argparse.Namespace(**{**vars(settings), **flags, "erm": None})
+    images = projection.passes(settings, [size] * 4, size, 8, 8)
     return row_of([done], startup_s=done["seconds"] - done["work_s"],
                   image_s=max(done["work_s"], 0.05) / images)
 

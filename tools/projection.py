@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common import imagefolder, made
 from common.files import InputError
-from train_classifier import RECIPES
+from train_classifier import ERM, RECIPES
 
 PUBLISHED = {  # training images of the four groups, images of val, of test
     "waterbirds": ((3498, 184, 56, 1057), 1199, 5794),
@@ -81,7 +81,7 @@ def read_commands(plan):
     return commands
 
 
-def passes(settings, train, drawn, val, test, epochs):
+def passes(settings, train, drawn, val, test):
     """The images that one seed trains on. One that is only looked at is a third: no backward pass.
 
     train: sizes of the groups; drawn: synthetic images per group; val, test: images.
@@ -90,7 +90,11 @@ def passes(settings, train, drawn, val, test, epochs):
     sizes = {"real": sum(train), "synthetic": drawn * len(train), "val": 0,
              "mixed": sum(train) + drawn * len(train), "filled": max(train) * len(train)}
     for phase in RECIPES[settings.recipe]:
-        images, times = sizes[phase.images], epochs
+        images, times = sizes[phase.images], settings.epochs
+        if settings.erm and phase == ERM:
+            continue
+        if phase.images == "synthetic":
+            times = settings.pretrain_epochs
         if phase.drawn == "smallest group":
             images = min(filter(None, train)) * len(train)
         if phase.keeps == "errors":
@@ -141,7 +145,7 @@ def amounts_of(command, commands, counts, assumed):
         return {"units": units, "steps": images * settings.steps, "images": images}, images
     if script == "train_classifier.py":
         seeds = len(settings.seeds)
-        images = passes(settings, train, drawn, val, test, settings.epochs)
+        images = passes(settings, train, drawn, val, test)
         return {"units": seeds, "images": round(seeds * images)}, seeds
     images = {"cluster.py": sum(train), "data/embed.py": sum(train) + val + test}.get(
         script, drawn * len(train) * len(all_of("generate.py")))
