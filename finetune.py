@@ -6,8 +6,8 @@
         --data runs/digits-0.95/clusters --prior runs/digits-0.95/synthetic/vanilla \\
         --out runs/digits-0.95/models/clustered
 
-Two axes give the paper's methods: what is trained (lora: low-rank updates of the UNet's attention,
-Hu et al. 2022; dreambooth: the whole UNet, Ruiz et al. 2023) and on which unit (group, cluster).
+Two axes give the paper's methods: what is trained (lora: low-rank updates of the network's
+attention, Hu et al. 2022; dreambooth: all of it, Ruiz et al. 2023) and on which unit (group, cluster).
 Clustered DreamBooth is dreambooth per cluster; vanilla needs no fine-tuning. A rare word in the
 prompt, the identifier, stands for the unit.
 
@@ -26,9 +26,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from base import cards, training, weights
+from base import cards, families, training, weights
 from base.training import Base, Checkpoint, Images
-from common import compute, files, imagefolder, made, models, pixels, stage
+from common import compute, files, imagefolder, made, pixels, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")
@@ -37,23 +37,18 @@ torch = stage.lazy("torch")
 # -------------------------------------------------------------------------------------- the method
 
 
-def denoising_losses(unet, scheduler, latents, noise, timesteps, prompt_embeds, snr_gamma):
-    """Mean squared error of the predicted noise (or velocity) for each image: (B,) float32.
+def denoising_losses(family, latents, noise, timesteps, prompts, snr_gamma):
+    """Mean squared error of what the network predicts for each image: (B,) float32.
 
-    latents, noise: (B, 4, h, w); timesteps: (B,) int; prompt_embeds: (B, tokens, D).
+    family: see base/families.py; latents, noise: (B, C, h, w); timesteps: (B,); prompts: encoded.
     snr_gamma > 0 weights timesteps by min-SNR (Hang et al. 2023, section 3.4); 0: all alike.
     """
-    from diffusers.training_utils import compute_snr
-
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicted = unet(noisy, timesteps, prompt_embeds).sample
+    schedule = family.schedule
+    noisy = schedule.noisy(latents, noise, timesteps).to(family.network.dtype)
+    predicted = family.predict(noisy, timesteps, prompts)
+    target = schedule.target(latents, noise, timesteps)
     losses = (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
-    if snr_gamma:
-        snr = compute_snr(scheduler, timesteps)
-        losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
-    return losses
+    return losses * schedule.min_snr(timesteps, snr_gamma) if snr_gamma else losses
 
 
 def step_loss(base, unit, step, args):
@@ -70,11 +65,10 @@ def step_loss(base, unit, step, args):
     latents = torch.cat(latents).to(base.device)
     prompts = [part.prompts[i] for part, pick in zip(parts, picks) for i in pick]
     noise = torch.randn(latents.shape, generator=rng).to(latents)
-    steps = base.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(steps, (len(latents),), generator=rng).to(base.device)
+    timesteps = base.family.schedule.timesteps(len(latents), rng).to(base.device)
     with base.autocast():
-        losses = denoising_losses(base.unet, base.scheduler, latents, noise, timesteps,
-                                  base.prompt_embeds(prompts), args.snr_gamma)
+        losses = denoising_losses(base.family, latents, noise, timesteps, base.encoded(prompts),
+                                  args.snr_gamma)
     instance, prior = losses[:args.batch], losses[args.batch:]
     return instance.mean() + args.prior_weight * prior.mean() if unit.prior else instance.mean()
 
@@ -84,20 +78,21 @@ def trainable_weights(base, args):
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
+    network = base.network
     if args.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()
+        network.enable_gradient_checkpointing()
+        network.train()
     if args.method == "lora":
-        base.unet.add_adapter(LoraConfig(
+        network.add_adapter(LoraConfig(
             r=args.rank, lora_alpha=args.alpha or args.rank, init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        cast_training_params(base.unet)
+            target_modules=base.family.lora_layers))
+        cast_training_params(network)
     else:
-        base.unet.requires_grad_(True)
-        if args.train_text_encoder:
-            base.text_encoder.to(base.device).requires_grad_(True)
-    return [weight for module in (base.unet, base.text_encoder)
-            for weight in module.parameters() if weight.requires_grad]
+        network.float().requires_grad_(True)
+        for part in base.text if args.train_text_encoder else ():
+            part.to(base.device).requires_grad_(True)
+    return [weight for part in (network, *base.text)
+            for weight in part.parameters() if weight.requires_grad]
 
 
 def finetune(base, unit, args):
@@ -201,7 +196,7 @@ def identifier(row, args):
 
 def add_keys(units, base_digest, args):
     """The key of each unit: a digest of all that its weights depend on."""
-    code = made.code_digest(__file__, training.__file__, weights.__file__, models.__file__,
+    code = made.code_digest(__file__, training.__file__, weights.__file__, families.__file__,
                             imagefolder.load_image, stage.seed_of)
     settings = made.settings_of(args, "base", "checkpoint_every", "merge_above")
     for unit in units:
@@ -236,7 +231,12 @@ def main(argv=None):
     pixels.check(args.data, drawn)  # now, not after hours of training
     failures = []
     if todo:
-        base = Base(args.base, compute.accelerator(args.device, args.precision))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.base_dtype]
+        base = Base(args.base, compute.accelerator(args.device, args.precision), dtype)
+        learned = [flag for flag, value in (("--learn-identifiers", args.learn_identifiers), (
+            "--train-text-encoder", args.train_text_encoder)) if value]
+        if learned and not base.family.learns_text:
+            raise InputError(learned[0], "is for Stable Diffusion 1.x and 2.x", "leave it out")
         stage.start(args, {unit.name: 1 for unit in units})
         failures = train_units(base, compute.share(todo), base_digest, args)
     status = stage.outcome(failures)
@@ -251,10 +251,11 @@ def parse(argv=None):
                               stage.number(float, 0, 1))
     add = parser.add_argument_group("method and data").add_argument
     add("--method", choices=("lora", "dreambooth"), required=True,
-        help="low-rank updates, or the UNet")
+        help="low-rank updates, or all weights")
     add("--per", choices=("group", "cluster", "dataset"), default="group",
         help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
-    add("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
+    add("--base", required=True, help="folder or hub id: Stable Diffusion 1.x to 3.x, XL, "
+        "or Sana")
     add("--data", type=Path, required=True, help="prepared dataset folder, or output of cluster.py")
     add("--prior", type=Path, help="class images (the vanilla synthetic images) for prior "
         "preservation; default: no prior preservation")
@@ -291,6 +292,8 @@ def parse(argv=None):
         help="less memory, about a third slower")
     add("--checkpoint-every", type=stage.number(int, 0), default=500,
         help="steps between checkpoints, from which a killed unit resumes; 0: it starts again")
+    add("--base-dtype", choices=("fp32", "bf16"), default="fp32", help="of weights that are not "
+        "trained; bf16: half the memory")
     add("--save-dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="weights on disk")
     add("--seed", type=int, default=0, help="seed of all random draws")
     compute.add_flags(how)
@@ -300,7 +303,7 @@ def parse(argv=None):
     one_model = args.per == "dataset"
     for wrong, flag, what, todo in (
             (args.train_text_encoder and args.method == "lora", "--train-text-encoder",
-             "LoRA trains the UNet only", "use --method dreambooth"),
+             "LoRA trains attention only", "use --method dreambooth"),
             (args.balance and not one_model, "--balance",
              f"a {args.per} contains one group only", "use --per dataset"),
             (args.learn_identifiers and not one_model, "--learn-identifiers",
@@ -319,6 +322,8 @@ def parse(argv=None):
 def train_units(base, units, base_digest, args):
     """Trains and publishes units, one after the other. Returns a line for each that failed."""
     failures = []
+    base.encode_prompts([part.prompts[i] for unit in units for part in (unit.images, unit.prior)
+                         if part for i in part.drawn])
     for unit in units:
         begin = time.monotonic()
         base.reset(args.method)
@@ -337,7 +342,7 @@ def train_units(base, units, base_digest, args):
         with files.replacing(args.out / unit.name) as out:
             weights.save(out, base, args.method, args.save_dtype, args.train_text_encoder)
             files.write_csv(out / "loss.csv", curve)
-            cards.of_weights(out / "README.md", unit, args)
+            cards.of_weights(out / "README.md", unit, base.family, args)
             made.finish(out, args, unit.key, base=base_digest, images=len(unit.rows),
                         encoding_seconds=encoding, **stage.spent(begin))
         files.remove(made.unfinished(args.out, unit.name))

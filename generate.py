@@ -17,6 +17,7 @@ draw an image again: seed, prompt, negative_prompt, guidance_scale), OUT/<unit>/
 candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
 """
 
+import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from base import candidates, cards, weights
-from common import clip, compute, files, imagefolder, made, models, stage
+from base import candidates, cards, families, weights
+from common import clip, compute, files, imagefolder, made, stage
 from common.files import InputError
 
 np = stage.lazy("numpy")
@@ -154,13 +155,52 @@ def words_in(prompt, other):
 # ------------------------------------------------------------------------------------- the drawing
 
 
-def draw_images(pipe, draw, indices, args):
-    """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1]."""
+def draw_images(sampler, draw, prompt, indices, args):
+    """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1].
+
+    prompt: draw's, encoded. An image has a seed of its own, whatever the batch.
+    """
     seeds = [stage.seed_of(args.seed, draw.name, index) for index in indices]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe([draw.prompt] * len(seeds), negative_prompt=[draw.negative] * len(seeds),
-                num_inference_steps=args.steps, guidance_scale=draw.guidance, output_type="np",
-                generator=generators).images
+    prompts = {name: value.repeat(len(seeds), *[1] * (value.ndim - 1))
+               for name, value in prompt.items()}
+    return sampler.pipe(**prompts, **sampler.family.drawing, height=sampler.family.size,
+                        width=sampler.family.size, num_inference_steps=args.steps,
+                        guidance_scale=draw.guidance, output_type="np",
+                        generator=generators).images
+
+
+def guide_within(interval, family):
+    """Guides at noise levels of the interval alone (Kynkäänniemi et al. 2024, section 3).
+
+    interval: of the share of the training timesteps, 0 (an image) to 1 (noise). The pipeline asks
+    for two predictions in one batch, without and with the prompt. Outside of the interval the
+    second stands for both, so that guidance changes nothing, and only it is computed.
+    """
+    network, (low, high) = family.network, interval
+    signature = inspect.signature(network.forward)
+
+    def second_half(value, count):
+        if isinstance(value, dict):
+            return {name: second_half(part, count) for name, part in value.items()}
+        is_batch = torch.is_tensor(value) and value.ndim and len(value) == count
+        return value[count // 2:] if is_batch else value
+
+    def halve(module, args, kwargs):
+        given = signature.bind(*args, **kwargs)
+        level = family.noise_level(given.arguments["timestep"])
+        module.halved = not low <= level <= high
+        if module.halved:
+            count = len(next(iter(given.arguments.values())))
+            for name, value in given.arguments.items():
+                given.arguments[name] = second_half(value, count)
+        return given.args, given.kwargs
+
+    def double(module, args, output):
+        return tuple(part.repeat(2, 1, 1, 1) for part in output) if module.halved else output
+
+    network.register_forward_pre_hook(halve, with_kwargs=True)
+    network.register_forward_hook(double)
 
 
 def draw_batches(sampler, score, batches, args):
@@ -171,10 +211,11 @@ def draw_batches(sampler, score, batches, args):
             begin = time.monotonic()
             if draw is not loaded:
                 sampler.load(draw.weights)
+                prompt = sampler.encoded(draw.prompt, draw.negative, draw.guidance > 1)
                 work = made.unfinished(args.out, draw.name)
                 loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
-            arrays = draw_images(sampler.pipe, draw, indices, args)
+            arrays = draw_images(sampler, draw, prompt, indices, args)
             images = [Image.fromarray((array * 255).round().astype(np.uint8))
                       for array in np.nan_to_num(arrays)]
             scores = score(images, draw.group)
@@ -241,15 +282,18 @@ def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count, scale, share = (stage.number(int, 1), stage.number(float, 1), stage.number(float, 0, 1))
     add = parser.add_argument
-    add("--base", required=True, help="folder or hub id of a Stable Diffusion pipeline")
+    add("--base", required=True, help="folder or hub id: Stable Diffusion 1.x to 3.x, XL, "
+        "or Sana")
     add("--models", type=Path, help="output of finetune.py; default: the base model (vanilla)")
     add("--data", type=Path, required=True, help="dataset folder, for its groups and their prompts")
     add("--clip", required=True, help="folder or hub id of the CLIP model that filters")
     add("--images", type=count, default=250, help="images per group")
     add("--val-share", type=stage.number(float, 0, 0.9), default=0.0, help="share of the images "
         "that become split val, for train_classifier.py --val synthetic")
-    add("--steps", type=count, default=20, help="steps of DPM-Solver++")
+    add("--steps", type=count, default=20, help="sampling steps")
     add("--guidance-scale", type=scale, default=2.0, help="1: no guidance, half the cost")
+    add("--guidance-interval", type=share, nargs=2, metavar=("LOW", "HIGH"), default=[0, 1],
+        help="guidance only while this share of the noise is left; faster and more varied")
     add("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group "
         "that is not the most common one of its class: own: models of its own; transfer: that "
         "one's models (paper); auto: transfer if it has fewer than --rare-below training images")
@@ -272,6 +316,8 @@ def parse(argv=None):
     if args.alpha < 1 and not args.embeddings:
         raise InputError("--embeddings", "the CLIP score needs the embeddings of the real images",
                          "run data/embed.py, or use --alpha 1")
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        raise InputError("--guidance-interval", "its ends are in the wrong order", "give LOW HIGH")
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove",
                          "give --models")
@@ -286,7 +332,7 @@ def add_keys(draws, rows, prompts, args):
     settings = made.settings_of(
         args, "base", "clip", "images", "max_tries", "drop_weights", "keep", "embeddings",
         "rare", "rare_below", "rare_guidance", "val_share")
-    code = made.code_digest(__file__, weights.__file__, clip.__file__, models.__file__,
+    code = made.code_digest(__file__, weights.__file__, clip.__file__, families.__file__,
                             candidates.__file__, stage.seed_of)
     made_by = files.digest(settings, prompts, imagefolder.class_prompts(rows), means,
                            files.model_digest(args.base), files.model_digest(args.clip), code)
@@ -312,10 +358,13 @@ def draw_all(draws, wanted, rows, args):
         weights.check(draw.weights, draw.trained)
     accelerator = compute.accelerator(args.device, args.precision)
     bf16 = accelerator.mixed_precision == "bf16"
-    pipe = models.load_pipeline(args.base, torch.bfloat16 if bf16 else torch.float32)
-    sampler = weights.Sampler(pipe.to(accelerator.device))
+    family = families.load(args.base, torch.bfloat16 if bf16 else torch.float32)
+    family.pipe.to(accelerator.device)
+    sampler = weights.Sampler(family)
+    sampler.encode((draw.prompt, draw.negative, draw.guidance > 1) for draw in draws)
+    if args.guidance_interval != [0, 1]:
+        guide_within(args.guidance_interval, family)
     score = ClipScore(clip.Clip(args.clip, accelerator.device), rows, args.alpha, args.embeddings)
-    models.token_ids(pipe.tokenizer, [draw.prompt for draw in draws])  # raises for a long one
     stage.start(args, wanted)
     if compute.FIRST:
         (args.out / "metadata.csv").unlink(missing_ok=True)

@@ -31,8 +31,7 @@ def of_images(path, rows, args):
     save(path, settings, f"""\
 # {len(rows)} synthetic images in {len(counts)} groups
 
-Drawn by {args.base}{tuned}, {args.steps} steps of DPM-Solver++, guidance scale
-{args.guidance_scale:g}; filtered with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds
+Drawn by {args.base}{tuned}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds
 class `y`, attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments
 and versions.
 
@@ -42,15 +41,16 @@ and versions.
 Prompts: {"; ".join(prompts[:20])}{"; ..." * (len(prompts) > 20)}""")
 
 
-def of_weights(path, unit, args):
+def of_weights(path, unit, family, args):
     """The card of fine-tuned weights; unit: see finetune.Unit; args: of finetune.py."""
     prompts = sorted(set(unit.images.prompts))[:3]
     prior = ", with prior preservation" if unit.prior else ""
-    load = 'pipe.unet = UNet2DConditionModel.from_pretrained("<this folder>", subfolder="unet")'
+    denoiser, kind = family.denoiser, type(family.network).__name__
+    load = f'pipe.{denoiser} = {kind}.from_pretrained("<this folder>", subfolder="{denoiser}")'
     if args.method == "lora":
         load = f'pipe.load_lora_weights("<this folder>", weight_name="{LORA_FILE}")'
     settings = {"license": "unknown", "base_model": str(args.base), "library_name": "diffusers",
-                "tags": ["text-to-image", "stable-diffusion", "diffusers", args.method],
+                "tags": ["text-to-image", "diffusers", args.method],
                 "instance_prompt": prompts[0], "widget": [{"text": prompt} for prompt in prompts]}
     save(path, settings, f"""\
 # {unit.title}
@@ -59,5 +59,5 @@ def of_weights(path, unit, args):
 {args.batch}, learning rate {args.learning_rate:g}{prior}. Prompt:
 {", ".join(f"`{prompt}`" for prompt in prompts)}.
 
-    pipe = StableDiffusionPipeline.from_pretrained("{args.base}")
+    pipe = {type(family.pipe).__name__}.from_pretrained("{args.base}")
     {load}""")

@@ -286,7 +286,7 @@ def pretrain(examples, out, work, key, accelerator, args):
     device, curves = accelerator.device, {}
     tokenizer = make_tokenizer(out / "tokenizer", examples.texts)
     longest = max(examples.texts, key=lambda text: len(tokenizer(text).input_ids))
-    models.token_ids(tokenizer, [longest])  # raises InputError
+    models.check_length(tokenizer, longest)
     tokens = tokenizer(examples.texts, padding="max_length", return_tensors="pt")
     torch.manual_seed(stage.seed_of(args.seed, "networks"))
     clip, vae, unet = make_clip(tokenizer, args), make_vae(args), make_unet(args)

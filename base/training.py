@@ -1,54 +1,53 @@
-"""What finetune.py trains: the parts of a base model, the images that it sees, and checkpoints."""
+"""What finetune.py trains: a base model, the images that it sees, and checkpoints."""
 
 import functools
 import warnings
 
-from base import weights
-from common import files, imagefolder, models, stage
+from base import families, weights
+from common import files, imagefolder, stage
 from common.pixels import ahead
 
 torch = stage.lazy("torch")
 
 
 class Base:
-    """The parts of a Stable Diffusion: VAE, text encoder, UNet, noise schedule.
+    """A base model for training: its family and pipeline, what it encodes, and learned words.
 
-    On a GPU the VAE and the text encoder are there only while they are needed.
+    On a GPU the VAE and the text encoders are there only while they are needed.
     """
 
-    def __init__(self, name, accelerator):
+    def __init__(self, name, accelerator, dtype=torch.float32):
         self.name, self.device, self.autocast = name, accelerator.device, accelerator.autocast
-        self.bf16 = accelerator.mixed_precision == "bf16"
+        self.bf16, self.dtype = accelerator.mixed_precision == "bf16", dtype
+        self.prompts = {}  # {prompt: what its pipeline makes of it}
+        self.needs_text = True
         self.load()
 
     def load(self):
-        from diffusers import DDPMScheduler
-
-        pipe = models.load_pipeline(self.name, torch.float32)
-        self.vae, self.unet = pipe.vae, pipe.unet
-        self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
-        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.size = self.unet.config.sample_size * downsampling  # of images, in pixels
-        self.trained, self.embeds, self.tokens, self.learned = False, {}, [], ()
-        for part in (self.text_encoder, self.vae, self.unet):
+        self.family = families.load(self.name, self.dtype, text=self.needs_text)
+        pipe = self.family.pipe
+        self.vae, self.network, self.size = pipe.vae, self.family.network, self.family.size
+        self.text = [getattr(pipe, name) for name in self.family.text_encoders()]
+        self.trained, self.tokens, self.learned = False, [], ()
+        for part in (*self.text, self.vae, self.network):
             part.requires_grad_(False)
-        self.unet.to(self.device)
+        self.network.to(self.device)
 
     def reset(self, method):
         """Restores the base's own weights, before a unit is trained with lora or dreambooth."""
-        if getattr(self.unet, "peft_config", None):
-            self.unet.unload_lora()
+        if getattr(self.network, "peft_config", None):
+            self.network.unload_lora()
         elif method == "dreambooth" and self.trained:
-            self.unet = None  # makes room
+            self.family = self.network = None  # makes room
             self.load()
         if method == "lora" and self.bf16:
-            self.unet.to(torch.bfloat16)  # frozen weights; LoRA's own are in fp32
-        self.embeds.clear()
+            self.network.to(torch.bfloat16)  # frozen weights; LoRA's own are in fp32
+        if self.family.learns_text:
+            self.prompts.clear()
         self.trained = True
 
     def encode(self, paths):
-        """Mean and std of the latents of images, each (N, 4, h, w) on the CPU, scaled."""
+        """Mean and std of the latents of images, each (N, C, h, w) on the CPU, scaled."""
         from torchvision.transforms.functional import pil_to_tensor
 
         def read(paths):
@@ -57,11 +56,16 @@ class Base:
 
         batch = min(16, max(1, 16 * 64**2 // self.size**2))  # 16 of 512 pixels would take 10 GB
         moments, scale = [], self.vae.config.scaling_factor
+        shift = getattr(self.vae.config, "shift_factor", None) or 0
         self.vae.to(self.device)
         for pixels in ahead(read, [paths[i:i + batch] for i in range(0, len(paths), batch)]):
             with torch.no_grad():
-                posterior = self.vae.encode(pixels.to(self.device) / 127.5 - 1).latent_dist
-            moments.append([(part * scale).cpu() for part in (posterior.mean, posterior.std)])
+                found = self.vae.encode(pixels.to(self.device) / 127.5 - 1)
+            if hasattr(found, "latent_dist"):
+                mean, std = found.latent_dist.mean, found.latent_dist.std
+            else:  # Sana's has no posterior
+                mean, std = found.latent, torch.zeros_like(found.latent)
+            moments.append([((mean - shift) * scale).cpu(), (std * scale).cpu()])
         self.vae.to("cpu")
         return [torch.cat(part) for part in zip(*moments)]
 
@@ -71,12 +75,13 @@ class Base:
         Returns the embeddings, (len(tokens), D), to be trained (textual inversion, Gal et al.
         2023).
         """
-        first = len(self.tokenizer)
-        [word], self.tokens = self.tokenizer(word, add_special_tokens=False).input_ids[:1], tokens
-        self.tokenizer.add_tokens(tokens)
-        if len(self.tokenizer) > self.text_encoder.get_input_embeddings().num_embeddings:
-            self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        embedding = self.text_encoder.get_input_embeddings().requires_grad_(False)
+        tokenizer, text_encoder = self.family.pipe.tokenizer, self.family.pipe.text_encoder
+        first = len(tokenizer)
+        [word], self.tokens = tokenizer(word, add_special_tokens=False).input_ids[:1], tokens
+        tokenizer.add_tokens(tokens)
+        if len(tokenizer) > text_encoder.get_input_embeddings().num_embeddings:
+            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embedding = text_encoder.get_input_embeddings().requires_grad_(False)
         beginning = embedding.weight[word].repeat(len(tokens), 1)
         self.learned = torch.nn.Parameter(beginning.to(self.device))
 
@@ -88,21 +93,33 @@ class Base:
         embedding.register_forward_hook(with_learned)
         return self.learned
 
-    def prompt_embeds(self, prompts):
-        """(len(prompts), tokens, D); computed once per prompt, unless the text learns."""
-        training = bool(self.tokens)
-        training |= any(weight.requires_grad for weight in self.text_encoder.parameters())
-        embeds = {} if training else self.embeds
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in embeds]
-        if missing:
-            self.text_encoder.to(self.device)
+    def encode_prompts(self, prompts):
+        """Encodes prompts for all units, and drops text encoders that do not learn."""
+        if not self.family.learns_text:
+            self.encoded(prompts)
+            self.family.drop_text_encoders()
+            self.text, self.needs_text = [], False
+
+    def encoded(self, prompts):
+        """{name: (len(prompts), ...)}, as the network takes them.
+
+        Computed once per prompt, unless the text learns.
+        """
+        training = bool(self.tokens) or any(weight.requires_grad for part in self.text
+                                            for weight in part.parameters())
+        known = {} if training else self.prompts
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        for part in self.text if missing else ():
+            part.to(self.device)
         for prompt in missing:
-            tokens = models.token_ids(self.tokenizer, [prompt]).to(self.device)
             with torch.set_grad_enabled(training):
-                embeds[prompt] = self.text_encoder(tokens).last_hidden_state[0]
-        if missing and not training:
-            self.text_encoder.to("cpu")
-        return torch.stack([embeds[prompt] for prompt in prompts])
+                known[prompt] = self.family.encode(prompt)
+        for part in self.text if missing and not training else ():
+            part.to("cpu")
+        found = [known[prompt] for prompt in prompts]
+        batch = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        return {name: value.to(self.network.dtype) if value.is_floating_point() else value
+                for name, value in batch.items()}
 
 
 class Images:
@@ -152,7 +169,7 @@ class Images:
         return indices
 
     def latents(self, indices, rng):
-        """Latents sampled from the VAE's posterior, (len(indices), 4, h, w)."""
+        """Latents sampled from the VAE's posterior, (len(indices), C, h, w)."""
         places = [self.place[index] for index in indices]
         mean, std = self.mean[places], self.std[places]
         return mean + std * torch.randn(mean.shape, generator=rng)

@@ -1,7 +1,7 @@
 """Fine-tuned weights on disk, in the formats of diffusers: finetune.py writes, generate.py loads.
 
     unit/pytorch_lora_weights.safetensors   LoRA, for `load_lora_weights`
-    unit/unet/                              DreamBooth, for `UNet2DConditionModel.from_pretrained`
+    unit/unet/ (or transformer/)            DreamBooth, for `from_pretrained` of its class
     unit/text_encoder/                      if it was trained
     unit/tokens/<word>.safetensors          learned words, for `load_textual_inversion`
 """
@@ -9,6 +9,7 @@
 import json
 import re
 
+from base import families
 from common import files, made, stage
 from common.files import InputError
 
@@ -16,29 +17,33 @@ torch = stage.lazy("torch")
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKENS = "tokens"
+PARTS = ("unet", "transformer", "text_encoder")  # what a DreamBooth may replace
 
 
 def save(out, base, method, dtype, text_encoder):
     """Writes the weights of a base.training.Base. dtype: fp32, bf16 or fp16."""
-    from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    denoiser = base.family.denoiser
     for token, embedding in zip(base.tokens, base.learned):
         (out / TOKENS).mkdir(parents=True, exist_ok=True)
         path = out / TOKENS / f"{token.strip('<>')}.safetensors"
         save_file({token: embedding.detach().cpu()}, path)
     if method == "lora":  # the metadata hold alpha: without it diffusers scales the update by 1
-        config = {f"unet.{name}": sorted(value) if isinstance(value, set) else value
-                  for name, value in base.unet.peft_config["default"].to_dict().items()}
+        config = {f"{denoiser}.{name}": sorted(value) if isinstance(value, set) else value
+                  for name, value in base.network.peft_config["default"].to_dict().items()}
         metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
-        weights = get_peft_model_state_dict(base.unet)
-        StableDiffusionPipeline.save_lora_weights(
-            out, {key: value.to(dtype) for key, value in weights.items()}, weight_name=LORA_FILE,
+        weights = get_peft_model_state_dict(base.network)
+        base.family.pipe.save_lora_weights(
+            out, **{f"{denoiser}_lora_layers": {key: value.to(dtype) for key, value
+                                                in weights.items()}}, weight_name=LORA_FILE,
             save_function=lambda weights, path: save_file(weights, path, metadata=metadata))
         return
-    parts = {"unet": base.unet} | ({"text_encoder": base.text_encoder} if text_encoder else {})
+    parts = {denoiser: base.network}
+    if text_encoder:
+        parts["text_encoder"] = base.family.pipe.text_encoder
     for name, part in parts.items():
         part.to(dtype).save_pretrained(out / name)
         part.float()
@@ -95,24 +100,45 @@ def drop(folder):
     """Removes weights, and the config.json that says that they are there; loss curves stay."""
     (folder / "config.json").unlink(missing_ok=True)
     for unit in folder.glob("*/"):
-        for name in ("unet", "text_encoder", TOKENS, LORA_FILE):
+        for name in (*PARTS, TOKENS, LORA_FILE):
             files.remove(unit / name)
 
 
 class Sampler:
-    """A base pipeline with DPM-Solver++ (Lu et al. 2022), into which weights are loaded."""
+    """A base pipeline into which weights are loaded.
 
-    def __init__(self, pipe):
+    Diffusion models draw with DPM-Solver++ (Lu et al. 2022), those that flow with their own solver.
+    """
+
+    def __init__(self, family):
         from diffusers import DPMSolverMultistepScheduler
 
-        self.pipe = pipe
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-            pipe.scheduler.config, algorithm_type="dpmsolver++")
-        pipe.set_progress_bar_config(disable=True)
-        if pipe.unet.config.sample_size > 32:  # decoding 16 images of 512 pixels takes 10 GB
-            pipe.vae.enable_slicing()
-        self._tokens = set(pipe.tokenizer.added_tokens_encoder)
+        self.family, self.pipe = family, family.pipe
+        if isinstance(family.schedule, families.Diffusion):
+            self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+                self.pipe.scheduler.config, algorithm_type="dpmsolver++")
+        self.pipe.set_progress_bar_config(disable=True)
+        if family.size > 256:  # decoding 16 images of 512 pixels takes 10 GB
+            self.pipe.vae.enable_slicing()
+        self._tokens = set(self.pipe.tokenizer.added_tokens_encoder)
         self._own = {}  # copies of the base's weights that a unit's weights have replaced
+        self._prompts = {}
+
+    def encode(self, wanted):
+        """Encodes prompts, see families.encode(), before the first unit is loaded.
+
+        Text encoders that no unit replaces then make room. Raises InputError for a long prompt.
+        """
+        with torch.no_grad():
+            encoded = {each: self.family.encode(*each) for each in set(wanted)}
+        if not self.family.learns_text:
+            self._prompts = encoded
+            self.family.drop_text_encoders()
+
+    def encoded(self, *wanted):
+        """An encoded prompt, by the text encoder of the unit that is loaded."""
+        with torch.no_grad():
+            return self._prompts.get(wanted) or self.family.encode(*wanted)
 
     def load(self, unit):
         """Loads the weights of a unit's folder, or restores the base's own (None)."""
@@ -120,8 +146,8 @@ class Sampler:
 
         again = "delete this folder and run finetune.py again"
         lora = bool(unit) and (unit / LORA_FILE).is_file()
-        if unit and not lora and not (unit / "unet").is_dir():
-            raise InputError(unit, "contains neither a LoRA nor a UNet", again)
+        if unit and not lora and not (unit / self.family.denoiser).is_dir():
+            raise InputError(unit, f"contains neither a LoRA nor a {self.family.denoiser}", again)
         self.pipe.unload_lora_weights()
         if self.pipe.tokenizer.added_tokens_encoder.keys() - self._tokens:
             self.pipe.unload_textual_inversion()
@@ -132,18 +158,17 @@ class Sampler:
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise InputError(unit, f"cannot be loaded: {files.reason(error)}", again) from None
         if lora and not self.pipe.get_list_adapters():
-            raise InputError(unit, "contains no LoRA weights for the UNet of this base model",
-                             again)
+            raise InputError(unit, "contains no LoRA weights for this base model", again)
 
     def _replace(self, unit):
-        """Loads learned words, and a UNet or a text encoder in the place of the base's."""
+        """Loads learned words, and a network or a text encoder in the place of the base's."""
         from safetensors.torch import load_file
 
         for path in sorted((unit / TOKENS).glob("*.safetensors")) if unit else ():
             self.pipe.load_textual_inversion(path)
-        for name in ("unet", "text_encoder"):
+        for name in PARTS:
             found = sorted((unit / name).glob("*.safetensors")) if unit else []
-            part = getattr(self.pipe, name)
+            part = getattr(self.pipe, name, None)
             if found and name not in self._own:
                 self._own[name] = {key: value.clone() for key, value in part.state_dict().items()}
             if found:

@@ -1,12 +1,10 @@
-"""Loading pretrained models, by folder or hub id: Stable Diffusion, and what CLIP needs of it."""
+"""Loading pretrained models, by folder or hub id: for base/families.py and common/clip.py."""
 
 import warnings
-from pathlib import Path
 
-from common import files, stage
+from common import files
 from common.files import InputError
 
-torch = stage.lazy("torch")
 # diffusers and transformers take seconds to import, so the functions that need them import them
 
 
@@ -46,46 +44,9 @@ def silence_libraries():
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
 
 
-def load_pipeline(name, dtype):
-    """Stable Diffusion 1.x or 2.x, its safety checker off: a black image is no training image.
-
-    name: a folder in diffusers layout, with fp16 variants or without, a hub id, or a single
-    .safetensors file (with a folder of the same name for its configs if there is no network).
-    Whether it predicts noise or velocity is read from the scheduler. Pickles are never read.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    options = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None,
-               "dtype": dtype}
-
-    def read(name):
-        if name.endswith(".safetensors"):
-            config = Path(name).with_suffix("")
-            more = {"config": str(config)} if config.is_dir() else {}
-            return StableDiffusionPipeline.from_single_file(name, **options, **more)
-        options["use_safetensors"] = True
-        try:
-            return StableDiffusionPipeline.from_pretrained(name, **options)
-        except OSError:
-            if not any(Path(name).rglob("*.fp16.safetensors")):
-                raise
-            return StableDiffusionPipeline.from_pretrained(name, variant="fp16", **options)
-
-    pipe = load_model(read, str(name), "--base")
-    if pipe.unet.config.addition_embed_type:
-        raise InputError(f"--base {name}", "is a Stable Diffusion XL model",
-                         "give a Stable Diffusion 1.x or 2.x")
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise InputError(f"--base {name}", "is an inpainting model", "give a text-to-image model")
-    return pipe
-
-
-def token_ids(tokenizer, prompts):
-    """Token ids of prompts, (len(prompts), tokens). Raises InputError for one that is too long."""
-    for prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if length > tokenizer.model_max_length:
-            raise InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes "
-                             f"{tokenizer.model_max_length}", "shorten it")
-    return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
+def check_length(tokenizer, prompt):
+    """Raises InputError for a prompt of more tokens than the model takes."""
+    length = len(tokenizer(prompt).input_ids)
+    if length > tokenizer.model_max_length:
+        raise InputError(f"prompt {prompt!r}", f"has {length} tokens, the model takes "
+                         f"{tokenizer.model_max_length}", "shorten it")

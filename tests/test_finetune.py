@@ -179,7 +179,7 @@ def checkpointed(path):
 def test_invalid_input_is_a_one_line_error(base, dataset, tmp_path):
     args = ("finetune.py", "--base", base, "--data", dataset, "--out", tmp_path / "out")
     run(*args, "--method", "lora", "--per", "cluster", fails="has no column 'cluster'")
-    run(*args, "--method", "lora", "--train-text-encoder", fails="LoRA trains the UNet only")
+    run(*args, "--method", "lora", "--train-text-encoder", fails="LoRA trains attention only")
     run(*args, "--method", "lora", "--prompt", "hi", fails="does not contain {text}")
     run("finetune.py", "--base", tmp_path, "--data", dataset, "--out", tmp_path / "out", "--method", "lora",
         fails="cannot be loaded")
