@@ -23,6 +23,7 @@ class StableDiffusion:
     encoded = ("prompt_embeds", "negative_prompt_embeds")  # what its encode_prompt returns
     encoding = {}  # more arguments of it
     drawing = {}  # and of the pipeline itself
+    no_negative = None  # what stands for no negative prompt
     learns_text = True  # words can be added, the text encoder fine-tuned
 
     def __init__(self, pipe):
@@ -55,13 +56,10 @@ class StableDiffusion:
             if name.startswith("tokenizer") and part is not None:
                 models.check_length(part, prompt)
         device = getattr(self.pipe, self.text_encoders()[0]).device
-        found = self.pipe.encode_prompt(prompt, **self.encoding, device=device, **{
-            "num_images_per_prompt": 1, "do_classifier_free_guidance": guided,
-            "negative_prompt": negative or self.without_negative()})
+        found = self.pipe.encode_prompt(
+            prompt, **self.encoding, device=device, num_images_per_prompt=1,
+            do_classifier_free_guidance=guided, negative_prompt=negative or self.no_negative)
         return {name: value for name, value in zip(self.encoded, found) if value is not None}
-
-    def without_negative(self):
-        return None
 
     def drop_text_encoders(self):
         """Makes room: T5 and Gemma take 5 to 10 GB."""
@@ -111,6 +109,7 @@ class Sana(StableDiffusion):
     encoded = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",
                "negative_prompt_attention_mask")
     drawing = {"use_resolution_binning": False, "negative_prompt": None}
+    no_negative = ""
     learns_text = False
 
     @property
@@ -122,9 +121,6 @@ class Sana(StableDiffusion):
         return self.network(noisy, prompt["prompt_embeds"],
                             timesteps * self.network.config.timestep_scale,
                             encoder_attention_mask=prompt["prompt_attention_mask"]).sample
-
-    def without_negative(self):
-        return ""
 
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "SanaPipeline": Sana,
