@@ -88,7 +88,7 @@ def trainable_weights(base, args):
             target_modules=base.family.lora_layers))
         cast_training_params(network)
     else:
-        network.float().requires_grad_(True)
+        network.requires_grad_(True)
         for part in base.text if args.train_text_encoder else ():
             part.to(base.device).requires_grad_(True)
     return [weight for part in (network, *base.text)
@@ -233,10 +233,7 @@ def main(argv=None):
     if todo:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.base_dtype]
         base = Base(args.base, compute.accelerator(args.device, args.precision), dtype)
-        learned = [flag for flag, value in (("--learn-identifiers", args.learn_identifiers), (
-            "--train-text-encoder", args.train_text_encoder)) if value]
-        if learned and not base.family.learns_text:
-            raise InputError(learned[0], "is for Stable Diffusion 1.x and 2.x", "leave it out")
+        check_family(base.family, args)
         stage.start(args, {unit.name: 1 for unit in units})
         failures = train_units(base, compute.share(todo), base_digest, args)
     status = stage.outcome(failures)
@@ -292,8 +289,8 @@ def parse(argv=None):
         help="less memory, about a third slower")
     add("--checkpoint-every", type=stage.number(int, 0), default=500,
         help="steps between checkpoints, from which a killed unit resumes; 0: it starts again")
-    add("--base-dtype", choices=("fp32", "bf16"), default="fp32", help="of weights that are not "
-        "trained; bf16: half the memory")
+    add("--base-dtype", choices=("fp32", "bf16"), default="fp32", help="lora: of the frozen base; "
+        "bf16: half the memory")
     add("--save-dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="weights on disk")
     add("--seed", type=int, default=0, help="seed of all random draws")
     compute.add_flags(how)
@@ -310,6 +307,10 @@ def parse(argv=None):
              f"a {args.per} has a model of its own", "use --per dataset"),
             (args.merge_above < 1 and not args.learn_identifiers, "--merge-above",
              "there are no learned words to compare", "use --learn-identifiers"),
+            (args.base_dtype == "bf16" and args.method == "dreambooth", "--base-dtype",
+             "DreamBooth trains the base's weights, in fp32", "use --method lora"),
+            (args.base_dtype == "bf16" and args.learn_identifiers, "--base-dtype",
+             "learned words are trained in fp32", "use --base-dtype fp32"),
             (args.learn_identifiers and args.train_text_encoder, "--learn-identifiers",
              "trains words, not the text encoder", "leave out --train-text-encoder"),
             ("{text}" not in args.prompt, "--prompt",
@@ -317,6 +318,17 @@ def parse(argv=None):
         if wrong:
             raise InputError(flag, what, todo)
     return args
+
+
+def check_family(family, args):
+    """Raises InputError for a flag that a family of base models does not know."""
+    stable_diffusion, diffuses = family.learns_text, isinstance(family.schedule, families.Diffusion)
+    for flag, given, known, whose in (
+            ("--train-text-encoder", args.train_text_encoder, stable_diffusion, "of 1.x and 2.x"),
+            ("--learn-identifiers", args.learn_identifiers, stable_diffusion, "of 1.x and 2.x"),
+            ("--snr-gamma", args.snr_gamma, diffuses, "that predict noise or velocity")):
+        if given and not known:
+            raise InputError(flag, f"is for Stable Diffusion models {whose}", "leave it out")
 
 
 def train_units(base, units, base_digest, args):

@@ -189,7 +189,7 @@ def guide_within(interval, family):
     def halve(module, args, kwargs):
         given = signature.bind(*args, **kwargs)
         level = family.noise_level(given.arguments["timestep"])
-        module.halved = not low <= level <= high
+        module.halved = family.pipe.do_classifier_free_guidance and not low <= level <= high
         if module.halved:
             count = len(next(iter(given.arguments.values())))
             for name, value in given.arguments.items():
@@ -292,7 +292,7 @@ def parse(argv=None):
         "that become split val, for train_classifier.py --val synthetic")
     add("--steps", type=count, default=20, help="sampling steps")
     add("--guidance-scale", type=scale, default=2.0, help="1: no guidance, half the cost")
-    add("--guidance-interval", type=share, nargs=2, metavar=("LOW", "HIGH"), default=[0, 1],
+    add("--guidance-interval", type=share, nargs=2, metavar=("LOW", "HIGH"), default=[0.0, 1.0],
         help="guidance only while this share of the noise is left; faster and more varied")
     add("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group "
         "that is not the most common one of its class: own: models of its own; transfer: that "

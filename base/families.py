@@ -73,7 +73,6 @@ class StableDiffusionXL(StableDiffusion):
     options = {"add_watermarker": False}
     encoded = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
                "negative_pooled_prompt_embeds")
-    encoding = {"prompt_2": None}
     learns_text = False
 
     def predict(self, noisy, timesteps, prompt):
@@ -168,7 +167,9 @@ def load(name, dtype, text=True):
     family = FAMILIES[kind](pipe)
     if family.network.config.in_channels != pipe.vae.config.latent_channels:
         raise InputError(f"--base {name}", "is an inpainting model", "give a text-to-image model")
-    pipe.vae.float()
+    if kind == "StableDiffusionPipeline" and family.network.config.addition_embed_type:
+        raise InputError(f"--base {name}", "is a single file of Stable Diffusion XL",
+                         "give a folder in diffusers layout")
     return family
 
 
@@ -177,6 +178,8 @@ def load(name, dtype, text=True):
 
 def schedule_of(scheduler):
     config, kind = scheduler.config, type(scheduler).__name__
+    if kind.startswith("EDM"):
+        raise InputError("--base", f"adds noise by {kind}, which is not supported", f"give {KNOWN}")
     flows = "FlowMatch" in kind or config.get("prediction_type") == "flow_prediction"
     return Flow(config) if flows else Diffusion(config)
 
@@ -217,7 +220,7 @@ class Flow:
 
     def __init__(self, config):
         self.steps = config.num_train_timesteps
-        self.shift = config.get("shift") or 1.0
+        self.shift = config.get("shift") or config.get("flow_shift") or 1.0
 
     def timesteps(self, count, rng):
         level = torch.randn(count, generator=rng).sigmoid()
@@ -229,7 +232,3 @@ class Flow:
 
     def target(self, latents, noise, timesteps):
         return noise - latents
-
-    def min_snr(self, timesteps, gamma):
-        raise InputError("--snr-gamma", "is for models that diffuse, and this one flows",
-                         "leave it out")

@@ -26,6 +26,7 @@ class Base:
     def load(self):
         self.family = families.load(self.name, self.dtype, text=self.needs_text)
         pipe = self.family.pipe
+        pipe.vae.float()
         self.vae, self.network, self.size = pipe.vae, self.family.network, self.family.size
         self.text = [getattr(pipe, name) for name in self.family.text_encoders()]
         self.trained, self.tokens, self.learned = False, [], ()
@@ -95,7 +96,7 @@ class Base:
 
     def encode_prompts(self, prompts):
         """Encodes prompts for all units, and drops text encoders that do not learn."""
-        if not self.family.learns_text:
+        if prompts and not self.family.learns_text:
             self.encoded(prompts)
             self.family.drop_text_encoders()
             self.text, self.needs_text = [], False

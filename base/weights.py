@@ -172,6 +172,7 @@ class Sampler:
             if found and name not in self._own:
                 self._own[name] = {key: value.clone() for key, value in part.state_dict().items()}
             if found:
-                part.load_state_dict(load_file(found[0]))
+                part.load_state_dict({name: value for path in found
+                                      for name, value in load_file(path).items()})
             elif name in self._own:
                 part.load_state_dict(self._own[name])

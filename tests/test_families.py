@@ -160,7 +160,7 @@ def test_guidance_in_no_interval_is_no_guidance_and_in_all_of_it_the_usual(other
     name, folder = other
     args = ("generate.py", "--base", folder, "--data", dataset, "--clip", base / "clip", "--images", 1, "--batch", 1,
             "--steps", 3, "--keep", 1, "--alpha", 1)
-    for out, more in (("plain", ("--guidance-scale", 1)), ("never", ("--guidance-scale", 50, "--guidance-interval", 0, 0)),
+    for out, more in (("plain", ("--guidance-scale", 1, "--guidance-interval", 0, 0.5)), ("never", ("--guidance-scale", 50, "--guidance-interval", 0, 0)),
                       ("always", ("--guidance-scale", 50)), ("late", ("--guidance-scale", 50, "--guidance-interval", 0, 0.95))):
         run(*args, *more, "--out", tmp_path / out)
     plain, never, always, late = ([np.asarray(Image.open(path), int) for path in sorted((tmp_path / out).glob("*/*.png"))]
@@ -189,15 +189,17 @@ def test_what_only_stable_diffusion_can_and_what_flows_cannot_are_one_line_error
     name, folder = other
     args = ("finetune.py", "--base", folder, "--data", dataset, "--method", "dreambooth", "--steps", 1, "--out",
             tmp_path / "out")
-    run(*args, "--train-text-encoder", fails="--train-text-encoder: is for Stable Diffusion 1.x and 2.x")
+    run(*args, "--train-text-encoder", fails="--train-text-encoder: is for Stable Diffusion models of 1.x and 2.x")
     if name != "xl":
-        run(*args, "--snr-gamma", 5, fails="--snr-gamma: is for models that diffuse")
+        run(*args, "--snr-gamma", 5, fails="--snr-gamma: is for Stable Diffusion models that predict noise")
 
 
-def test_a_frozen_base_in_bf16_trains_a_lora(other, dataset, tmp_path):
-    run("finetune.py", "--base", other[1], "--data", dataset, "--method", "lora", "--steps", 2, "--base-dtype", "bf16",
-        "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "y1-a1" / "pytorch_lora_weights.safetensors").is_file()
+def test_in_bf16_a_frozen_base_trains_a_lora_and_draws(other, base, dataset, tmp_path):
+    same = ("--base", other[1], "--data", dataset)
+    run("finetune.py", *same, "--method", "lora", "--steps", 2, "--base-dtype", "bf16", "--out", tmp_path / "models")
+    run("generate.py", *same, "--models", tmp_path / "models", "--precision", "bf16", "--clip", base / "clip", "--images", 1,
+        "--batch", 2, "--steps", 2, "--keep", 1, "--alpha", 1, "--rare", "own", "--out", tmp_path / "images")
+    assert len(imagefolder.read_metadata(tmp_path / "images")) == 4
 
 
 def test_an_unknown_family_is_told_which_are_known(base, dataset, tmp_path):
