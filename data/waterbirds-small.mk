@@ -4,7 +4,7 @@
 LOADER     = waterbirds
 WEIGHTS    ?= downloads/lite0.safetensors
 RECIPES    ?= erm resample groupdro dfr
-EPOCHS     ?= 5
+EPOCHS     ?= 3
 CLASSIFIER ?= --arch tf_efficientnet_lite0 --weights $(WEIGHTS) --load-size 112 --resolution 96 \
   --batch 32 --learning-rate 3e-3
 export OMP_NUM_THREADS ?= 1
