@@ -321,6 +321,8 @@ def key_of(recipe, digests, args):
                             predictions_of, network.__file__, last_layer.__file__, pixels.Pixels,
                             imagefolder.load_image, stage.seed_of)
     settings = made.settings_of(args, "seeds", "groups") | {"recipe": recipe, "erm": None}
+    if not takes_synthetic(recipe):  # then --pretrain-epochs plays no part
+        settings["pretrain_epochs"] = args.epochs
     return files.digest(settings, phases, digests, files.model_digest(args.weights), code)
 
 
