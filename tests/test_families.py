@@ -13,8 +13,8 @@ from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjec
                           Gemma2Config, Gemma2Model, GemmaTokenizerFast, T5Config, T5EncoderModel,
                           T5TokenizerFast)
 
-from base import families
-from common import imagefolder
+from base import families, training
+from common import compute, imagefolder
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -167,6 +167,20 @@ def test_guidance_in_no_interval_is_no_guidance_and_in_all_of_it_the_usual(other
                                   for out in ("plain", "never", "always", "late"))
     assert max(abs(a - b).max() for a, b in zip(plain, never)) <= 1
     assert max(abs(a - b).max() for a, b in zip(always, late)) > 1 < max(abs(a - b).max() for a, b in zip(plain, late))
+
+
+def test_each_latent_belongs_to_its_caption_however_images_are_shuffled(other, dataset):
+    model = training.Base(other[1], compute.accelerator("cpu"))
+    rows = imagefolder.read_metadata(dataset, "train")
+    captions = [row["file_name"] for row in rows]
+    images = training.Images(dataset, rows, captions, 0, steps=20, batch=4, balance=0.5)
+    images.encode(model)
+    images.std.zero_()
+    for step in (0, 7, 19):
+        pick = images.pick(step, 4)
+        found = images.latents(pick, torch.Generator())
+        alone = [model.encode([dataset / images.prompts[i]])[0] for i in pick]
+        assert torch.allclose(found, torch.cat(alone), atol=1e-4) and len(set(pick)) > 1
 
 
 @pytest.mark.parametrize("shift", (1.0, 3.0))
