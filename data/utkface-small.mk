@@ -9,7 +9,8 @@ IMAGES        ?= 250
 LORA          ?= --steps 150 --batch 16 --learning-rate 1e-3 --schedule cosine
 DREAMBOOTH    ?= --steps 120 --batch 16 --learning-rate 3e-4 --schedule cosine
 CLUSTERED     ?= --steps 60
-COMPOSITIONAL ?= --steps 300 --batch 32 --learning-rate 1e-3 --schedule cosine --balance 0.25
+COMPOSITIONAL ?= --steps 250 --batch 16 --learning-rate 5e-4 --schedule cosine --balance 0.5 \
+  $(prior)
 GENERATE      ?= --steps 10 --guidance-scale 1 --batch 32 --rare own
 EPOCHS        ?= 8
 CLASSIFIER    ?= --arch cnn --resolution 64 --batch 128 --learning-rate 0.05 \
