@@ -251,8 +251,7 @@ def parse(argv=None):
         help="low-rank updates, or all weights")
     add("--per", choices=("group", "cluster", "dataset"), default="group",
         help="the unit that has its own weights; dataset: one model for all (compositional, ours)")
-    add("--base", required=True, help="folder or hub id: Stable Diffusion 1.x to 3.x, XL, "
-        "or Sana")
+    add("--base", required=True, help=f"folder or hub id: {families.KNOWN}")
     add("--data", type=Path, required=True, help="prepared dataset folder, or output of cluster.py")
     add("--prior", type=Path, help="class images (the vanilla synthetic images) for prior "
         "preservation; default: no prior preservation")

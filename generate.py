@@ -282,8 +282,7 @@ def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count, scale, share = (stage.number(int, 1), stage.number(float, 1), stage.number(float, 0, 1))
     add = parser.add_argument
-    add("--base", required=True, help="folder or hub id: Stable Diffusion 1.x to 3.x, XL, "
-        "or Sana")
+    add("--base", required=True, help=f"folder or hub id: {families.KNOWN}")
     add("--models", type=Path, help="output of finetune.py; default: the base model (vanilla)")
     add("--data", type=Path, required=True, help="dataset folder, for its groups and their prompts")
     add("--clip", required=True, help="folder or hub id of the CLIP model that filters")
