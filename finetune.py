@@ -7,9 +7,9 @@
         --out runs/digits-0.95/models/clustered
 
 Two axes give the paper's methods: what is trained (lora: low-rank updates of the network's
-attention, Hu et al. 2022; dreambooth: all of it, Ruiz et al. 2023) and on which unit (group, cluster).
-Clustered DreamBooth is dreambooth per cluster; vanilla needs no fine-tuning. A rare word in the
-prompt, the identifier, stands for the unit.
+attention, Hu et al. 2022; dreambooth: all of it, Ruiz et al. 2023) and on which unit (group,
+cluster). Clustered DreamBooth is dreambooth per cluster; vanilla needs no fine-tuning. A rare word
+in the prompt, the identifier, stands for the unit.
 
 Our compositional method trains one model `--per dataset`: each image with its own group's prompt
 and an identifier for its cluster (of cluster.py --within class). What a class looks like is learned

@@ -227,8 +227,9 @@ def train(phases, images, val, groups, classes, accelerator, args, seed, log):
             model = network.new_classifier(args.arch, args.weights, classes)
             model.to(accelerator.device, memory_format=torch.channels_last)
         if args.erm and phase == ERM:
-            network.load_weights(model, args.erm / f"seed{seed}/model.safetensors", "train it again")
-            log += files.read_csv(args.erm / f"seed{seed}/log.csv")
+            begun = args.erm / f"seed{seed}"
+            network.load_weights(model, begun / "model.safetensors", "train it again")
+            log += files.read_csv(begun / "log.csv")
             history = None  # DFR needs none
         elif phase.images == "val":
             refit = getattr(last_layer, phase.loss)

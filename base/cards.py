@@ -31,9 +31,10 @@ def of_images(path, rows, args):
     save(path, settings, f"""\
 # {len(rows)} synthetic images in {len(counts)} groups
 
-Drawn by {args.base}{tuned}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds
-class `y`, attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments
-and versions.
+Drawn by {args.base}{tuned}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered
+with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds class `y`,
+attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments and
+versions.
 
 | group | images |
 | --- | --- |

@@ -68,7 +68,7 @@ class StableDiffusion:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL (Podell et al. 2024): pooled embeddings and image sizes are given, too."""
+    """Stable Diffusion XL (Podell et al. 2024): pooled embeddings and image sizes are given."""
 
     options = {"add_watermarker": False}
     encoded = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
