@@ -155,7 +155,7 @@ def words_in(prompt, other):
 # ------------------------------------------------------------------------------------- the drawing
 
 
-def draw_images(sampler, draw, prompt, indices, args):
+def draw_images(family, draw, prompt, indices, args):
     """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1].
 
     prompt: draw's, encoded. An image has a seed of its own, whatever the batch.
@@ -164,10 +164,9 @@ def draw_images(sampler, draw, prompt, indices, args):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompts = {name: value.repeat(len(seeds), *[1] * (value.ndim - 1))
                for name, value in prompt.items()}
-    return sampler.pipe(**prompts, **sampler.family.drawing, height=sampler.family.size,
-                        width=sampler.family.size, num_inference_steps=args.steps,
-                        guidance_scale=draw.guidance, output_type="np",
-                        generator=generators).images
+    return family.pipe(**prompts, **family.drawing, height=family.size, width=family.size,
+                       num_inference_steps=args.steps, guidance_scale=draw.guidance,
+                       output_type="np", generator=generators).images
 
 
 def guide_within(interval, family):
@@ -215,7 +214,7 @@ def draw_batches(sampler, score, batches, args):
                 work = made.unfinished(args.out, draw.name)
                 loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
-            arrays = draw_images(sampler, draw, prompt, indices, args)
+            arrays = draw_images(sampler.family, draw, prompt, indices, args)
             images = [Image.fromarray((array * 255).round().astype(np.uint8))
                       for array in np.nan_to_num(arrays)]
             scores = score(images, draw.group)
@@ -292,7 +291,7 @@ def parse(argv=None):
     add("--steps", type=count, default=20, help="sampling steps")
     add("--guidance-scale", type=scale, default=2.0, help="1: no guidance, half the cost")
     add("--guidance-interval", type=share, nargs=2, metavar=("LOW", "HIGH"), default=[0.0, 1.0],
-        help="guidance only while this share of the noise is left; faster and more varied")
+        help="guidance only at these noise levels, from 0 (image) to 1 (noise); faster")
     add("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group "
         "that is not the most common one of its class: own: models of its own; transfer: that "
         "one's models (paper); auto: transfer if it has fewer than --rare-below training images")

@@ -276,10 +276,12 @@ def main(argv=None):
                                          imagefolder.digest(chosen_on, known["val"]))
     key = key_of(args.recipe, digests, args)
     todo = [seed for seed in args.seeds if not made.is_finished(args.out / f"seed{seed}", key)]
-    for seed in todo if args.erm else ():
-        if not made.is_finished(args.erm / f"seed{seed}", key_of("erm", digests, args)):
-            raise InputError(args.erm, f"has no seed {seed} of erm with these settings and images",
-                             "train it with the same flags, or leave out --erm")
+    if args.erm:
+        expected = key_of("erm", digests, args)
+        for seed in todo:
+            if not made.is_finished(args.erm / f"seed{seed}", expected):
+                raise InputError(args.erm, f"has no seed {seed} of erm with these settings and "
+                                 "images", "train it with the same flags, or leave out --erm")
     failures = []
     if todo:
         def images_of(folder, rows, groups=groups):
@@ -321,7 +323,7 @@ def key_of(recipe, digests, args):
     code = made.code_digest(train, train_phase, Losses.__init__, supervised_contrastive, *losses,
                             predictions_of, network.__file__, last_layer.__file__, pixels.Pixels,
                             imagefolder.load_image, stage.seed_of)
-    settings = made.settings_of(args, "seeds", "groups") | {"recipe": recipe, "erm": None}
+    settings = made.settings_of(args, "seeds", "groups", "erm") | {"recipe": recipe}
     if not takes_synthetic(recipe):  # then --pretrain-epochs plays no part
         settings["pretrain_epochs"] = args.epochs
     return files.digest(settings, phases, digests, files.model_digest(args.weights), code)
@@ -397,7 +399,7 @@ def check(args):
         raise InputError("--synthetic", f"{args.recipe} {'needs' if needed else 'does not use'} "
                          "synthetic images", "generate.py writes such a folder")
     if args.erm and args.recipe != "dfr":
-        raise InputError("--erm", f"{args.recipe} does not begin with erm", "leave it out")
+        raise InputError("--erm", f"is for --recipe dfr, not {args.recipe}", "leave it out")
     if args.val == "synthetic" and not args.synthetic:
         raise InputError("--val synthetic", f"{args.recipe} uses no synthetic images",
                          "use --val real")

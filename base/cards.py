@@ -33,8 +33,7 @@ def of_images(path, rows, args):
 
 Drawn by {args.base}{tuned}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered
 with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds class `y`,
-attribute `a`, prompt, unit, CLIP score and seed of each image, config.json the arguments and
-versions.
+attribute `a`, prompt, unit, CLIP score and seed of each image, config.json arguments and versions.
 
 | group | images |
 | --- | --- |

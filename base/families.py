@@ -43,27 +43,30 @@ class StableDiffusion:
         scale = self.network.config.get("timestep_scale", 1)
         return timestep.flatten()[0].item() / scale / self.pipe.scheduler.config.num_train_timesteps
 
-    def text_encoders(self):
-        return [name for name, part in self.pipe.components.items()
-                if name.startswith("text_encoder") and part is not None]
+    def parts(self, kind):
+        """{name: part} of the pipeline's text encoders or tokenizers."""
+        return {name: part for name, part in self.pipe.components.items()
+                if name.startswith(kind) and part is not None}
+
+    def check(self, prompt):
+        """Raises InputError for a prompt that is too long."""
+        for tokenizer in self.parts("tokenizer").values():
+            models.check_length(tokenizer, prompt)
 
     def encode(self, prompt, negative="", guided=False):
         """{argument of the pipeline: tensor (1, ...)} for a prompt and, if guided, a negative one.
 
         Raises InputError for a prompt that is too long.
         """
-        for name, part in self.pipe.components.items():
-            if name.startswith("tokenizer") and part is not None:
-                models.check_length(part, prompt)
-        device = getattr(self.pipe, self.text_encoders()[0]).device
+        self.check(prompt)
         found = self.pipe.encode_prompt(
-            prompt, **self.encoding, device=device, num_images_per_prompt=1,
+            prompt, **self.encoding, device=self.pipe.text_encoder.device, num_images_per_prompt=1,
             do_classifier_free_guidance=guided, negative_prompt=negative or self.no_negative)
         return {name: value for name, value in zip(self.encoded, found) if value is not None}
 
     def drop_text_encoders(self):
         """Makes room: T5 and Gemma take 5 to 10 GB."""
-        for name in self.text_encoders():
+        for name in self.parts("text_encoder"):
             setattr(self.pipe, name, None)
 
 
@@ -84,7 +87,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class StableDiffusion3(StableDiffusion):
-    """Stable Diffusion 3.x (Esser et al. 2024): a transformer that flows; CLIP twice, and T5."""
+    """Stable Diffusion 3.x (Esser et al. 2024): a flow-matching transformer; CLIP twice, T5."""
 
     denoiser = "transformer"
     lora_layers = [f"attn.{name}" for name in (
@@ -100,7 +103,7 @@ class StableDiffusion3(StableDiffusion):
 
 
 class Sana(StableDiffusion):
-    """Sana (Xie et al. 2025): a linear transformer that flows; Gemma reads the prompt."""
+    """Sana (Xie et al. 2025): a linear, flow-matching transformer; Gemma reads prompts."""
 
     denoiser = "transformer"
     lora_layers = ["to_q", "to_k", "to_v"]
@@ -138,24 +141,24 @@ def load(name, dtype, text=True):
     """
     import diffusers
 
-    def kind_of(name):
+    def index_of(name):
         if name.endswith(".safetensors"):
-            return "StableDiffusionPipeline"
-        return diffusers.DiffusionPipeline.load_config(name)["_class_name"]
+            return "StableDiffusionPipeline", ()
+        index = diffusers.DiffusionPipeline.load_config(name)
+        return index["_class_name"], index
 
-    kind = models.load_model(kind_of, str(name), "--base")
+    kind, parts = models.load_model(index_of, str(name), "--base")
     if kind not in FAMILIES:
         raise InputError(f"--base {name}", f"is a {kind}", f"give {KNOWN}")
     pipeline, options = getattr(diffusers, kind), FAMILIES[kind].options | {"dtype": dtype}
+    if not text:
+        options |= {part: None for part in parts if part.startswith("text_encoder")}
 
     def read(name):
         if name.endswith(".safetensors"):
             config = Path(name).with_suffix("")
             more = {"config": str(config)} if config.is_dir() else {}
             return pipeline.from_single_file(name, **options, **more)
-        if not text:
-            parts = diffusers.DiffusionPipeline.load_config(name)
-            options.update((part, None) for part in parts if part.startswith("text_encoder"))
         try:
             return pipeline.from_pretrained(name, use_safetensors=True, **options)
         except OSError:
@@ -177,6 +180,7 @@ def load(name, dtype, text=True):
 
 
 def schedule_of(scheduler):
+    """The Diffusion or the Flow of a pipeline's scheduler. Raises InputError for others."""
     config, kind = scheduler.config, type(scheduler).__name__
     if kind.startswith("EDM"):
         raise InputError("--base", f"adds noise by {kind}, which is not supported", f"give {KNOWN}")

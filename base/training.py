@@ -27,19 +27,27 @@ class Base:
         self.family = families.load(self.name, self.dtype, text=self.needs_text)
         pipe = self.family.pipe
         pipe.vae.float()
-        self.vae, self.network, self.size = pipe.vae, self.family.network, self.family.size
-        self.text = [getattr(pipe, name) for name in self.family.text_encoders()]
+        self.vae, self.size = pipe.vae, self.family.size
         self.trained, self.tokens, self.learned = False, [], ()
         for part in (*self.text, self.vae, self.network):
             part.requires_grad_(False)
         self.network.to(self.device)
+
+    @property
+    def network(self):
+        return self.family.network
+
+    @property
+    def text(self):
+        """The text encoders that are still there."""
+        return list(self.family.parts("text_encoder").values())
 
     def reset(self, method):
         """Restores the base's own weights, before a unit is trained with lora or dreambooth."""
         if getattr(self.network, "peft_config", None):
             self.network.unload_lora()
         elif method == "dreambooth" and self.trained:
-            self.family = self.network = None  # makes room
+            self.family = None  # makes room
             self.load()
         if method == "lora" and self.bf16:
             self.network.to(torch.bfloat16)  # frozen weights; LoRA's own are in fp32
@@ -99,7 +107,7 @@ class Base:
         if prompts and not self.family.learns_text:
             self.encoded(prompts)
             self.family.drop_text_encoders()
-            self.text, self.needs_text = [], False
+            self.needs_text = False
 
     def encoded(self, prompts):
         """{name: (len(prompts), ...)}, as the network takes them.

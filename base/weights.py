@@ -107,7 +107,7 @@ def drop(folder):
 class Sampler:
     """A base pipeline into which weights are loaded.
 
-    Diffusion models draw with DPM-Solver++ (Lu et al. 2022), those that flow with their own solver.
+    Diffusion models draw with DPM-Solver++ (Lu et al. 2022), flow matching with its own solver.
     """
 
     def __init__(self, family):
@@ -125,15 +125,18 @@ class Sampler:
         self._prompts = {}
 
     def encode(self, wanted):
-        """Encodes prompts, see families.encode(), before the first unit is loaded.
+        """Encodes prompts, the arguments of family.encode(), before the first unit is loaded.
 
-        Text encoders that no unit replaces then make room. Raises InputError for a long prompt.
+        Text encoders then make room. Where units bring words or a text encoder of their own,
+        prompts are checked alone. Raises InputError for a long one.
         """
+        if self.family.learns_text:
+            for prompt, *_ in wanted:
+                self.family.check(prompt)
+            return
         with torch.no_grad():
-            encoded = {each: self.family.encode(*each) for each in set(wanted)}
-        if not self.family.learns_text:
-            self._prompts = encoded
-            self.family.drop_text_encoders()
+            self._prompts = {each: self.family.encode(*each) for each in set(wanted)}
+        self.family.drop_text_encoders()
 
     def encoded(self, *wanted):
         """An encoded prompt, by the text encoder of the unit that is loaded."""
