@@ -12,9 +12,9 @@ MODEL_SEEDS  ?= 0
 BASE         ?= base/miniature
 NEW_BASE     ?= base/$(DATASET)
 blank        := $(empty) $(empty)
-# A base's own CLIP, or that of Stable Diffusion 1.x.
+# A base's own CLIP, also of one in base/ that is not trained yet, or that of Stable Diffusion 1.x.
 clip         := $(or $(wildcard $(subst $(blank),\$(blank),$(BASE))/clip), \
-  openai/clip-vit-large-patch14)
+  $(addsuffix /clip,$(filter base/%,$(BASE))),openai/clip-vit-large-patch14)
 CLIP         ?= $(clip)
 K            ?= auto
 MODES        ?= auto

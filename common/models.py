@@ -1,6 +1,7 @@
 """Loading pretrained models, by folder or hub id: for base/families.py and common/clip.py."""
 
 import warnings
+from pathlib import Path
 
 from common import files
 from common.files import InputError
@@ -11,6 +12,8 @@ from common.files import InputError
 def load_model(read, name, flag):
     """read(name), a from_pretrained. Raises InputError if the model is missing or incomplete."""
     silence_libraries()
+    if name.startswith("base/") and not Path(name).exists():  # else it is taken for a hub id
+        raise InputError(f"{flag} {name}", "does not exist", "`make base` trains a base, see README")
     try:
         model = read(name)
         _check(model)

@@ -15,6 +15,7 @@ from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjec
 
 from base import families, training
 from common import compute, imagefolder
+from tools import random_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -222,3 +223,15 @@ def test_an_unknown_family_is_told_which_are_known(base, dataset, tmp_path):
     (folder / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
     run("finetune.py", "--base", folder, "--data", dataset, "--method", "lora", "--out", tmp_path / "out",
         fails="is a PixArtSigmaPipeline (give Stable Diffusion 1.x, 2.x, XL or 3.x, or Sana)")
+
+
+@pytest.mark.parametrize("shapes", random_model.SHAPES)
+def test_a_random_model_of_the_real_shapes_predicts_and_decodes(shapes):
+    """Narrow, all else as in the dry run: its parts must fit together."""
+    pipe = random_model.SHAPES[shapes](width=32)
+    family = families.FAMILIES[type(pipe).__name__](pipe)
+    assert family.size == {"sd15": 512, "sdxl": 1024}[shapes]
+    with torch.no_grad():
+        predicted = family.predict(torch.zeros(1, 4, 8, 8), torch.tensor([1]), family.encode("a photo"))
+        assert predicted.shape == (1, 4, 8, 8) and predicted.isfinite().all()
+        assert pipe.vae.decode(predicted).sample.shape == (1, 3, 64, 64)

@@ -4,9 +4,10 @@
     make dryrun DATASET=waterbirds RECIPES="erm lora" DRYRUN="--clusters 3"
 
 Needs neither the images nor the models: it makes random photographs, and models of random weights
-with the shapes of Stable Diffusion 1.5 and CLIP ViT-L/14 unless BASE and CLIP are folders. Each
-command runs as make would run it, on few images and with few steps: two runs that differ in one
-number give the seconds per step or image, the rest is start-up (a classifier tells them itself).
+with the shapes of Stable Diffusion 1.5 (XL: DRYRUN="--shapes sdxl") and CLIP ViT-L/14 unless BASE
+and CLIP are folders. Each command runs as make would run it, on few images and with few steps: two
+runs that differ in one number give the seconds per step or image, the rest is start-up (a
+classifier tells them itself).
 
 Writes OUT/dryrun.csv (a row per stage: seconds and memory), OUT/projection.csv (a row per folder
 that make would make: hours and GB) and OUT/dryrun.md (both). A stage that fails is a row, the
@@ -223,13 +224,13 @@ def models_of(commands, args):
     """The folders of the base model and of CLIP: the commands', if they exist, or random ones."""
     named = [next((getattr(command.settings, flag) for command in commands
                    if getattr(command.settings, flag, None)), "") for flag in ("base", "clip")]
-    made = args.out / "models" / "base"
+    made = args.out / f"models-{args.shapes}" / "base"
     if args.shapes == "tiny":
         named = [ROOT / "base/miniature", ROOT / "base/miniature/clip"]
     if not all(Path(name).exists() for name in named) and not made.is_dir():
-        print(f"making random models of Stable Diffusion 1.5's shapes in {made.parent}", flush=True)
-        subprocess.run([sys.executable, str(ROOT / "tools/random_model.py"), "--out",
-                        str(made.parent)], check=True)
+        print(f"making random models of the shapes {args.shapes} in {made.parent}", flush=True)
+        subprocess.run([sys.executable, str(ROOT / "tools/random_model.py"), "--shapes",
+                        args.shapes, "--out", str(made.parent)], check=True)
     return [Path(name) if Path(name).exists() else other
             for name, other in zip(named, (made, made / "clip"))]
 
@@ -305,8 +306,8 @@ def parse(argv=None):
     add("--bias", required=True, help="of the dataset: a number or natural")
     add("--plan", nargs="+", required=True, help="GOALS and PLAN of the Makefile")
     add("--photos", type=count, default=64, help="random photographs; larger folders repeat them")
-    add("--shapes", choices=("sd15", "tiny"), default="sd15", help="of the models, where BASE or "
-        "CLIP is not a folder; tiny: always base/miniature")
+    add("--shapes", choices=("sd15", "sdxl", "tiny"), default="sd15", help="of the models, where "
+        "BASE or CLIP is not a folder; tiny: always base/miniature")
     add("--clusters", type=count, help="clusters to assume per group; default: the most possible")
     add("--model-seeds", type=count, default=1, help="how often models are made")
     add("--out", type=Path, required=True, help="folder to write")
