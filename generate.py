@@ -7,9 +7,10 @@
 Every group of DATA gets --images images, divided among its units. Without --models (vanilla) the
 base model draws them from the group's prompt. A rare group (see --rare) is drawn by the models of
 its class's most common one, without their identifier and away from that group's words (paper,
-severe bias). Of the images drawn, the share --keep with the best CLIP score is selected (paper,
-CLIP filter). An image is determined by (seed, unit, index) alone. The safety checker is off: a
-blackened image is no training image.
+severe bias). With --rare shared these models draw the common group in the same way, so that nothing
+but the attribute tells the images of the two apart. Of the images drawn, the share --keep with the
+best CLIP score is selected (paper, CLIP filter). An image is determined by (seed, unit, index)
+alone. The safety checker is off: a blackened image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
@@ -106,7 +107,7 @@ def draws_of(rows, prompts, titles, args):
     trained = weights.read_draws(args.models, args.base) if args.models else []
     base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
     counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
-    fewest = {"own": 1, "auto": args.rare_below, "transfer": math.inf}[args.rare]
+    fewest = {"own": 1, "auto": args.rare_below}.get(args.rare, math.inf)
     draws, notes = [], []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
@@ -114,14 +115,17 @@ def draws_of(rows, prompts, titles, args):
         own = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         of_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
         units, negative, guidance = own or [base], "", args.guidance_scale
-        if a != common and of_common and counts.get(group, 0) < fewest:
-            # The paper's severe bias: the common group's models, without their identifier. The
-            # rare group's prompt swaps the attribute's words; the others are the negative prompt.
-            other = imagefolder.group_name(y, common)
+        is_rare = a != common and counts.get(group, 0) < fewest
+        if of_common and (is_rare or args.rare == "shared"):
             units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
                      for draw in of_common]
-            negative, guidance = words_in(prompts[other], text), args.rare_guidance
-            notes.append(f"{titles[group]}: drawn by the models of {titles[other]}")
+            other = imagefolder.group_name(y, common)
+            if is_rare:
+                notes.append(f"{titles[group]}: drawn by the models of {titles[other]}")
+            if args.rare != "shared":
+                # The paper's severe bias: the common group's models, without their identifier. The
+                # rare group's prompt swaps the attribute's words; the others are the negative one.
+                negative, guidance = words_in(prompts[other], text), args.rare_guidance
         elif args.models and not own:
             notes.append(f"{titles[group]}: no training images, drawn by the base model")
         shares = share_out(args.images, [unit["images"] for unit in units])
@@ -292,9 +296,10 @@ def parse(argv=None):
     add("--guidance-scale", type=scale, default=2.0, help="1: no guidance, half the cost")
     add("--guidance-interval", type=share, nargs=2, metavar=("LOW", "HIGH"), default=[0.0, 1.0],
         help="guidance only at these noise levels, from 0 (image) to 1 (noise); faster")
-    add("--rare", choices=("auto", "own", "transfer"), default="auto", help="who draws a group "
-        "that is not the most common one of its class: own: models of its own; transfer: that "
-        "one's models (paper); auto: transfer if it has fewer than --rare-below training images")
+    add("--rare", choices=("auto", "own", "transfer", "shared"), default="auto", help="who draws "
+        "a group that is not the most common one of its class: own: models of its own; transfer: "
+        "that one's models (paper); auto: transfer if it has fewer than --rare-below training "
+        "images; shared: that one's models draw both, in the same way (ours)")
     add("--rare-below", type=count, default=10, help="for --rare auto")
     add("--rare-guidance", type=scale, default=2.0, help="guidance scale of transferred groups; "
         "above 1, their negative prompt takes effect")

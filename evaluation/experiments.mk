@@ -55,7 +55,7 @@ beta.of           = beta1+clustered beta0.9+clustered clustered beta0.1+clustere
 images.of         = clustered-images50 clustered-images100 clustered clustered-images500
 second-stage.of   = clustered two-stage-whole+clustered
 prior.of          = clustered clustered-no-prior
-rare.of           = $(foreach m,lora dreambooth clustered,$m-own $m-transfer)
+rare.of           = $(foreach m,lora dreambooth clustered,$m-own $m-transfer $m-shared)
 ablation          = evaluate.py --data $(DATA) --keep-order --references clustered \
                     --classifiers $(call classifiers,$($1.of))
 # Other clusters, with models of their own.
@@ -65,7 +65,7 @@ $(foreach k,k1 k2 k5 k10 k5-rare,$(eval clustered-$k.finetune = \
   $$(subst $$(RUN)/clusters,$$(RUN)/clusters-$k,$$(clustered.finetune))))
 clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 # Other images, of the models of clustered (dreambooth, lora).
-$(foreach m,lora dreambooth clustered,$(foreach r,own transfer,$(eval $m-$r.generate = --rare $r)))
+$(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared,$(eval $m-$r.generate = --rare $r)))
 $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1

@@ -280,15 +280,19 @@ def test_a_group_without_training_images_is_drawn_by_the_models_of_its_class_and
     (("--rare-below", 13), {"y0-a1", "y1-a0"}),
     (("--rare-below", 3), set()),
     (("--rare", "own", "--rare-below", 13), set()),
-    (("--rare", "transfer", "--rare-below", 1), {"y0-a1", "y1-a0"})))
+    (("--rare", "transfer", "--rare-below", 1), {"y0-a1", "y1-a0"}),
+    (("--rare", "shared"), {"y0-a0", "y0-a1", "y1-a0", "y1-a1"})))
 def test_rare_groups_have_models_of_their_own_if_they_are_large_enough_or_always_or_never(base, command, tmp_path, flags,
                                                                                           transferred):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 24, (0, 1): 3, (1, 0): 12, (1, 1): 14})
     run("finetune.py", "--method", "lora", "--base", base, "--data", data, "--steps", 1, "--out", tmp_path / "lora")
     run(*command[:5], "--data", data, *command[7:], "--models", tmp_path / "lora", "--images", 1, *flags, "--out", tmp_path / "v")
-    units = {imagefolder.group_of(row): row["unit"] for row in imagefolder.read_metadata(tmp_path / "v")}
-    assert {group for group, unit in units.items() if unit != group} == transferred
-    assert all(units[group] == f"{group}-by-{group[:2]}-a{group[1]}" for group in transferred)
+    rows = {imagefolder.group_of(row): row for row in imagefolder.read_metadata(tmp_path / "v")}
+    assert {group for group, row in rows.items() if row["unit"] != group} == transferred
+    assert all(rows[group]["unit"] == f"{group}-by-{group[:2]}-a{group[1]}" for group in transferred)
+    assert all((row["prompt"] == row["text"]) == (group in transferred) for group, row in rows.items())
+    if "shared" in flags:  # both groups of a class in the same way
+        assert {(row["negative_prompt"], row["guidance_scale"]) for row in rows.values()} == {("", "2.0")}
 
 
 def test_a_class_without_training_images_falls_back_to_the_base_and_is_reported(base, command, tmp_path):
