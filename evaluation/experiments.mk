@@ -65,7 +65,8 @@ $(foreach k,k1 k2 k5 k10 k5-rare,$(eval clustered-$k.finetune = \
   $$(subst $$(RUN)/clusters,$$(RUN)/clusters-$k,$$(clustered.finetune))))
 clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 # Other images, of the models of clustered (dreambooth, lora).
-$(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared,$(eval $m-$r.generate = --rare $r)))
+$(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared, \
+  $(eval $m-$r.generate = --rare $r)))
 $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1
