@@ -8,16 +8,18 @@ Every group of DATA gets --images images, divided among its units. Without --mod
 base model draws them from the group's prompt. A rare group (see --rare) is drawn by the models of
 its class's most common one, without their identifier and away from that group's words (paper,
 severe bias). With --rare shared these models draw the common group in the same way, so that nothing
-but the attribute tells the images of the two apart. Of the images drawn, the share --keep with the
-best CLIP score is selected (paper, CLIP filter). An image is determined by (seed, unit, index)
-alone. The safety checker is off: a blackened image is no training image.
+but the attribute tells the images of the two apart. With --edit real images of the common group are
+edited into both groups, instead of drawing from noise (see edit_images). Of the images drawn, the
+share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined by
+(seed, unit, index) alone. The safety checker is off: a blackened image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
-draw an image again: seed, prompt, negative_prompt, guidance_scale), OUT/<unit>/*.png and
+draw an image again: seed, prompt, negative_prompt, guidance_scale, or the image edited), OUT/<unit>/*.png and
 candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
 """
 
+import collections
 import inspect
 import math
 import time
@@ -99,6 +101,8 @@ class Draw:
     weights: Path | None  # folder of the unit; None: the base model's own
     trained: str | None  # key of these weights
     share: int  # images that are wanted
+    edited: list  # training images that are edited, with --edit
+    edited_from: str  # their prompt
     key: str = ""
 
 
@@ -106,20 +110,21 @@ def draws_of(rows, prompts, titles, args):
     """The draws for all groups. prompts, titles: {group: ...}."""
     trained = weights.read_draws(args.models, args.base) if args.models else []
     base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
-    counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
+    train = [row for row in rows if row["split"] == "train"]
+    counts = imagefolder.group_counts(train)
     fewest = {"own": 1, "auto": args.rare_below}.get(args.rare, math.inf)
-    draws, notes = [], []
+    draws, notes, taken = [], [], collections.Counter()
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
         common = imagefolder.correlated_attribute(counts, y)
         own = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         of_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
         units, negative, guidance = own or [base], "", args.guidance_scale
+        other = imagefolder.group_name(y, common)
         is_rare = a != common and counts.get(group, 0) < fewest
         if of_common and (is_rare or args.rare == "shared"):
             units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
                      for draw in of_common]
-            other = imagefolder.group_name(y, common)
             if is_rare:
                 notes.append(f"{titles[group]}: drawn by the models of {titles[other]}")
             if args.rare != "shared":
@@ -128,6 +133,9 @@ def draws_of(rows, prompts, titles, args):
                 negative, guidance = words_in(prompts[other], text), args.rare_guidance
         elif args.models and not own:
             notes.append(f"{titles[group]}: no training images, drawn by the base model")
+        edited = shuffled(train, other, args.seed) if args.edit else []
+        if args.edit and not edited:
+            raise InputError("--edit", f"there are no training images of class {y}", "add some")
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
             name = group + unit["suffix"]
@@ -135,10 +143,21 @@ def draws_of(rows, prompts, titles, args):
                 draws.append(Draw(
                     name, group, imagefolder.unit_title(name, titles),
                     unit["prompt"].replace("{text}", text), negative, guidance,
-                    unit["unit"] and args.models / unit["unit"], unit["key"], share))
+                    unit["unit"] and args.models / unit["unit"], unit["key"], share,
+                    edited[taken[y]:] + edited[:taken[y]],
+                    unit["prompt"].replace("{text}", prompts.get(other, ""))))
+            if edited:  # another unit of the class edits other images, while there are any
+                taken[y] = (taken[y] + math.ceil(share / args.keep)) % len(edited)
     if compute.FIRST and notes:
         print(*notes, sep="\n")
     return draws
+
+
+def shuffled(rows, group, seed):
+    """The rows of a group in an order that the seed determines."""
+    mine = [row for row in rows if imagefolder.group_of(row) == group]
+    rng = torch.Generator().manual_seed(stage.seed_of(seed, group))
+    return [mine[i] for i in torch.randperm(len(mine), generator=rng).tolist()]
 
 
 def share_out(images, sizes):
@@ -171,6 +190,36 @@ def draw_images(family, draw, prompt, indices, args):
     return family.pipe(**prompts, **family.drawing, height=family.size, width=family.size,
                        num_inference_steps=args.steps, guidance_scale=draw.guidance,
                        output_type="np", generator=generators).images
+
+
+def edit_images(family, draw, prompts, indices, args):
+    """Real images of the class's common group, drawn anew as this group's; as draw_images().
+
+    Each is followed back to noise under its own prompt and drawn from there under the group's
+    (DDIM inversion, Song et al. 2021, section 4.3; Mokady et al. 2023), so that only what the
+    prompts differ in changes. Images of the common group go the same way: nothing but the
+    attribute tells the two groups apart. prompts: of the real images and of draw's, encoded.
+    """
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+    from torchvision.transforms.functional import pil_to_tensor
+
+    rows = [draw.edited[index % len(draw.edited)] for index in indices]
+    images = [imagefolder.load_image(args.data / row["file_name"], family.size) for row in rows]
+    vae, solver = family.pipe.vae, family.pipe.scheduler
+    pixels = torch.stack([pil_to_tensor(image) for image in images]).to(vae.device, vae.dtype)
+    with torch.no_grad():
+        latents = vae.encode(pixels / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
+    for kind, prompt, output in ((DDIMInverseScheduler, prompts[0], "latent"),
+                                 (DDIMScheduler, prompts[1], "np")):
+        family.pipe.scheduler = kind.from_config(solver.config, clip_sample=False,
+                                                 set_alpha_to_one=False)
+        prompt = {name: value.repeat(len(rows), *[1] * (value.ndim - 1))
+                  for name, value in prompt.items()}
+        latents = family.pipe(**prompt, **family.drawing, height=family.size, width=family.size,
+                              num_inference_steps=args.steps, guidance_scale=1.0, latents=latents,
+                              output_type=output).images
+    family.pipe.scheduler = solver
+    return latents
 
 
 def guide_within(interval, family):
@@ -215,10 +264,14 @@ def draw_batches(sampler, score, batches, args):
             if draw is not loaded:
                 sampler.load(draw.weights)
                 prompt = sampler.encoded(draw.prompt, draw.negative, draw.guidance > 1)
+                edited_from = sampler.encoded(draw.edited_from, "", False) if args.edit else None
                 work = made.unfinished(args.out, draw.name)
                 loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
-            arrays = draw_images(sampler.family, draw, prompt, indices, args)
+            if args.edit:
+                arrays = edit_images(sampler.family, draw, (edited_from, prompt), indices, args)
+            else:
+                arrays = draw_images(sampler.family, draw, prompt, indices, args)
             images = [Image.fromarray((array * 255).round().astype(np.uint8))
                       for array in np.nan_to_num(arrays)]
             scores = score(images, draw.group)
@@ -300,6 +353,8 @@ def parse(argv=None):
         "a group that is not the most common one of its class: own: models of its own; transfer: "
         "that one's models (paper); auto: transfer if it has fewer than --rare-below training "
         "images; shared: that one's models draw both, in the same way (ours)")
+    add("--edit", action=stage.Flag, default=False, help="edit real images of each class's common "
+        "group instead of drawing from noise (ours); without guidance")
     add("--rare-below", type=count, default=10, help="for --rare auto")
     add("--rare-guidance", type=scale, default=2.0, help="guidance scale of transferred groups; "
         "above 1, their negative prompt takes effect")
@@ -321,6 +376,8 @@ def parse(argv=None):
                          "run data/embed.py, or use --alpha 1")
     if args.guidance_interval[0] > args.guidance_interval[1]:
         raise InputError("--guidance-interval", "its ends are in the wrong order", "give LOW HIGH")
+    if args.edit:
+        args.guidance_scale = args.rare_guidance = 1.0  # with guidance an inversion is inexact
     if args.drop_weights and not args.models:
         raise InputError("--drop-weights", "the base model draws, there are no weights to remove",
                          "give --models")
@@ -340,8 +397,9 @@ def add_keys(draws, rows, prompts, args):
     made_by = files.digest(settings, prompts, imagefolder.class_prompts(rows), means,
                            files.model_digest(args.base), files.model_digest(args.clip), code)
     for draw in draws:
+        edited = args.edit and [imagefolder.digest(args.data, draw.edited), draw.edited_from]
         draw.key = files.digest(made_by, draw.name, draw.prompt, draw.negative, draw.guidance,
-                                draw.trained)
+                                draw.trained, edited)
     return made_by
 
 
@@ -364,7 +422,11 @@ def draw_all(draws, wanted, rows, args):
     family = families.load(args.base, torch.bfloat16 if bf16 else torch.float32)
     family.pipe.to(accelerator.device)
     sampler = weights.Sampler(family)
-    sampler.encode((draw.prompt, draw.negative, draw.guidance > 1) for draw in draws)
+    if args.edit and not isinstance(family.schedule, families.Diffusion):
+        raise InputError("--edit", "is for Stable Diffusion 1.x, 2.x and XL", "leave it out")
+    wanted_prompts = [(draw.prompt, draw.negative, draw.guidance > 1) for draw in draws]
+    wanted_prompts += [(draw.edited_from, "", False) for draw in draws if args.edit]
+    sampler.encode(wanted_prompts)
     if args.guidance_interval != [0, 1]:
         guide_within(args.guidance_interval, family)
     score = ClipScore(clip.Clip(args.clip, accelerator.device), rows, args.alpha, args.embeddings)
@@ -401,7 +463,9 @@ def publish(draws, prompts, made_by, merged, args):
                 "split": split, "y": y, "a": a, "text": prompts[draw.group], "unit": draw.name,
                 "clip_score": row["clip_score"],
                 "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
-                "negative_prompt": draw.negative, "guidance_scale": draw.guidance})
+                "negative_prompt": draw.negative, "guidance_scale": draw.guidance}
+                | ({"edited": draw.edited[row["index"] % len(draw.edited)]["file_name"]}
+                   if args.edit else {}))
     for group in prompts:
         mine = [row for row in rows if imagefolder.group_of(row) == group]
         save_sheet(args.out / f"{group}.png", args.out, mine)

@@ -421,3 +421,18 @@ def test_cards_are_what_the_hub_reads(base, dataset, vanilla, tmp_path):
         assert card.data.base_model == str(base) and card.data.library_name == "diffusers" and method in card.data.tags
         assert card.data.instance_prompt.endswith("sks") and load in card.text
         assert "on 3 images: 1 steps of 1" in " ".join(card.text.split())
+
+
+def test_edited_images_are_real_ones_of_the_common_group_drawn_anew(command, dataset, tmp_path):
+    """Under their own prompt they stay as they are; under the rare group's they change."""
+    run(*command, "--images", 2, "--batch", 4, "--edit", "--steps", 20, "--out", tmp_path / "v")
+    rows = imagefolder.read_metadata(tmp_path / "v")
+    train = {row["file_name"]: row for row in imagefolder.read_metadata(dataset, "train")}
+    common, change = {"0": "0", "1": "1"}, {}
+    for row in rows:
+        assert imagefolder.group_of(train[row["edited"]]) == f"y{row['y']}-a{common[str(row['y'])]}"
+        assert row["guidance_scale"] == "1.0"
+        drawn = np.asarray(Image.open(tmp_path / "v" / row["file_name"]), float)
+        real = np.asarray(imagefolder.load_image(dataset / row["edited"], 32), float)
+        change.setdefault(row["y"] == row["a"], []).append(abs(drawn - real).mean())
+    assert max(change[True]) < 20 < 40 < min(change[False]), change
