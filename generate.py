@@ -15,8 +15,9 @@ share --keep with the best CLIP score is selected (paper, CLIP filter). An image
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
-draw an image again: seed, prompt, negative_prompt, guidance_scale, or the image edited), OUT/<unit>/*.png and
-candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and config.json.
+draw an image again: seed, prompt, negative_prompt, guidance_scale; with --edit the image edited),
+OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and
+config.json.
 """
 
 import collections
@@ -196,9 +197,9 @@ def edit_images(family, draw, prompts, indices, args):
     """Real images of the class's common group, drawn anew as this group's; as draw_images().
 
     Each is followed back to noise under its own prompt and drawn from there under the group's
-    (DDIM inversion, Song et al. 2021, section 4.3; Mokady et al. 2023), so that only what the
-    prompts differ in changes. Images of the common group go the same way: nothing but the
-    attribute tells the two groups apart. prompts: of the real images and of draw's, encoded.
+    (DDIM inversion, Song et al. 2021, section 4.3), so that what the prompts differ in changes and
+    the rest hardly does. Images of the common group go the same way: nothing but the attribute
+    tells the two groups apart. prompts: that of the real images, and draw's, encoded.
     """
     from diffusers import DDIMInverseScheduler, DDIMScheduler
     from torchvision.transforms.functional import pil_to_tensor
@@ -219,7 +220,7 @@ def edit_images(family, draw, prompts, indices, args):
                               num_inference_steps=args.steps, guidance_scale=1.0, latents=latents,
                               output_type=output).images
     family.pipe.scheduler = solver
-    return latents
+    return latents  # the images, by now
 
 
 def guide_within(interval, family):
