@@ -1,6 +1,7 @@
 """What finetune.py trains: a base model, the images that it sees, and checkpoints."""
 
 import functools
+import warnings
 
 from base import families, weights
 from common import files, imagefolder, stage
@@ -184,34 +185,60 @@ class Images:
 
 
 class Checkpoint:
-    """A hidden file from which a killed unit resumes exactly.
+    """A hidden folder from which a killed unit resumes exactly.
 
-    As every random draw is determined by the step, what is saved here is the whole state.
+    As every random draw is determined by the step, the weights, AdamW's moments and the loss
+    curve are all its state.
     """
 
     def __init__(self, path, key, weights, optimizer, schedule, ema):
-        self.path, self.key, self.weights = path, key, weights
-        self.parts = {"optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+        self.path, self.key, self.weights, self.optimizer = path, key, weights, optimizer
+        self.schedule, self.ema = schedule, ema
+
+    def tensors(self):
+        """{name: tensor}, live: the weights, their moments and their moving averages."""
+        found = {}
+        for i, weight in enumerate(self.weights):
+            moments = self.optimizer.state[weight].items()
+            found[f"weight.{i}"] = weight.data
+            found |= {f"{name}.{i}": value for name, value in moments}
+        averages = self.ema.shadow_params if self.ema else []
+        return found | {f"ema.{i}": value for i, value in enumerate(averages)}
 
     def save(self, curve):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"key": self.key, "curve": curve, "weights": [part.data for part in self.weights]}
+        from safetensors.torch import save_file
+
+        tensors = {name: value.contiguous().cpu() for name, value in self.tensors().items()}
         with files.replacing(self.path) as out:
-            torch.save(state, out)
+            out.mkdir(parents=True)
+            save_file(tensors, out / "state.safetensors")
+            files.write_csv(out / "loss.csv", curve)
+            files.write_json(out / "config.json", {"key": self.key})
 
     def load(self):
         """Restores everything; returns the loss curve so far, [] if there is no checkpoint."""
-        state = {}
-        if self.path.is_file():
-            state = torch.load(self.path, "cpu", weights_only=True)  # runs no code
-        if state.get("key") != self.key:
+        from safetensors.torch import load_file
+
+        if files.read_json(self.path / "config.json").get("key") != self.key:
             files.remove(self.path)
             return []
-        for weight, saved in zip(self.weights, state["weights"]):
-            weight.data.copy_(saved)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        return state["curve"]
+        saved = load_file(self.path / "state.safetensors")
+        for i, weight in enumerate(self.weights):
+            self.optimizer.state[weight] = {
+                name: torch.zeros_like(saved[f"{name}.{i}"], device=weight.device)
+                for name in ("step", "exp_avg", "exp_avg_sq")}
+        for name, value in self.tensors().items():
+            value.copy_(saved[name])
+        curve = [{"step": int(row["step"]), "loss": float(row["loss"]),
+                  "learning_rate": float(row["learning_rate"])}
+                 for row in files.read_csv(self.path / "loss.csv")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch thinks that the optimizer has not stepped yet
+            for _ in curve:
+                self.schedule.step()
+        if self.ema:
+            self.ema.optimization_step = len(curve)
+        return curve
 
 
 def merged_groups(unit, above):

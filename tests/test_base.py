@@ -89,7 +89,7 @@ def test_a_killed_pretraining_resumes_to_the_same_bytes(dataset, tmp_path):
     command = ("base/pretrain.py", "--data", dataset, "--captions", "text", "--clip-steps", 2, "--vae-steps", 2, "--unet-steps",
                30, "--samples", 1)
     run(*command, "--out", tmp_path / "undisturbed")
-    process, finished = start(*command, "--out", tmp_path / "killed"), tmp_path / ".killed.partial/vae"
+    process, finished = start(*command, "--out", tmp_path / "killed"), tmp_path / ".killed.partial/vae/config.json"
     while not finished.is_file() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
