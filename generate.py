@@ -9,9 +9,9 @@ base model draws them from the group's prompt. A rare group (see --rare) is draw
 its class's most common one, without their identifier and away from that group's words (paper,
 severe bias). With --rare shared these models draw the common group in the same way, so that nothing
 but the attribute tells the images of the two apart. With --edit real images of the common group are
-edited into both groups, instead of drawing from noise (see edit_images). Of the images drawn, the
-share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined by
-(seed, unit, index) alone. The safety checker is off: a blackened image is no training image.
+edited into both groups, instead of drawing from noise (see base/drawing.py). Of the images drawn,
+the share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined
+by (seed, unit, index) alone. The safety checker is off: a blackened image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
@@ -20,8 +20,6 @@ OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet
 config.json.
 """
 
-import collections
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from base import candidates, cards, families, weights
+from base import candidates, cards, drawing, families, weights
 from common import clip, compute, files, imagefolder, made, stage
 from common.files import InputError
 
@@ -102,9 +100,14 @@ class Draw:
     weights: Path | None  # folder of the unit; None: the base model's own
     trained: str | None  # key of these weights
     share: int  # images that are wanted
-    edited: list  # training images that are edited, with --edit
-    edited_from: str  # their prompt
+    pool: list  # rows of the training images that --edit edits
+    first: int  # the one that candidate 0 is made from
+    pool_prompt: str  # what they show
     key: str = ""
+
+    def source(self, index):
+        """The training image that is edited into candidate `index`."""
+        return self.pool[(self.first + index) % len(self.pool)]["file_name"]
 
 
 def draws_of(rows, prompts, titles, args):
@@ -113,8 +116,9 @@ def draws_of(rows, prompts, titles, args):
     base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
     train = [row for row in rows if row["split"] == "train"]
     counts = imagefolder.group_counts(train)
+    pools = pools_of(train, args.seed) if args.edit else {}
     fewest = {"own": 1, "auto": args.rare_below}.get(args.rare, math.inf)
-    draws, notes, taken = [], [], collections.Counter()
+    draws, notes, taken = [], [], {}
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
         common = imagefolder.correlated_attribute(counts, y)
@@ -134,8 +138,8 @@ def draws_of(rows, prompts, titles, args):
                 negative, guidance = words_in(prompts[other], text), args.rare_guidance
         elif args.models and not own:
             notes.append(f"{titles[group]}: no training images, drawn by the base model")
-        edited = shuffled(train, other, args.seed) if args.edit else []
-        if args.edit and not edited:
+        pool = pools.get(y, [])
+        if args.edit and not pool:
             raise InputError("--edit", f"there are no training images of class {y}", "add some")
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
@@ -145,20 +149,24 @@ def draws_of(rows, prompts, titles, args):
                     name, group, imagefolder.unit_title(name, titles),
                     unit["prompt"].replace("{text}", text), negative, guidance,
                     unit["unit"] and args.models / unit["unit"], unit["key"], share,
-                    edited[taken[y]:] + edited[:taken[y]],
+                    pool, taken.get(y, 0),
                     unit["prompt"].replace("{text}", prompts.get(other, ""))))
-            if edited:  # another unit of the class edits other images, while there are any
-                taken[y] = (taken[y] + math.ceil(share / args.keep)) % len(edited)
+            # The next unit of the class edits other images, while there are any.
+            taken[y] = taken.get(y, 0) + math.ceil(share / args.keep)
     if compute.FIRST and notes:
         print(*notes, sep="\n")
     return draws
 
 
-def shuffled(rows, group, seed):
-    """The rows of a group in an order that the seed determines."""
-    mine = [row for row in rows if imagefolder.group_of(row) == group]
-    rng = torch.Generator().manual_seed(stage.seed_of(seed, group))
-    return [mine[i] for i in torch.randperm(len(mine), generator=rng).tolist()]
+def pools_of(train, seed):
+    """{y: the training images of the class's most common group}, in an order that seed gives."""
+    counts, pools = imagefolder.group_counts(train), {}
+    for y in {row["y"] for row in train}:
+        group = imagefolder.group_name(y, imagefolder.correlated_attribute(counts, y))
+        mine = [row for row in train if imagefolder.group_of(row) == group]
+        rng = torch.Generator().manual_seed(stage.seed_of(seed, group))
+        pools[y] = [mine[i] for i in torch.randperm(len(mine), generator=rng).tolist()]
+    return pools
 
 
 def share_out(images, sizes):
@@ -179,83 +187,6 @@ def words_in(prompt, other):
 # ------------------------------------------------------------------------------------- the drawing
 
 
-def draw_images(family, draw, prompt, indices, args):
-    """The candidates `indices` of a unit, (len(indices), H, W, 3) float array in [0, 1].
-
-    prompt: draw's, encoded. An image has a seed of its own, whatever the batch.
-    """
-    seeds = [stage.seed_of(args.seed, draw.name, index) for index in indices]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    prompts = {name: value.repeat(len(seeds), *[1] * (value.ndim - 1))
-               for name, value in prompt.items()}
-    return family.pipe(**prompts, **family.drawing, height=family.size, width=family.size,
-                       num_inference_steps=args.steps, guidance_scale=draw.guidance,
-                       output_type="np", generator=generators).images
-
-
-def edit_images(family, draw, prompts, indices, args):
-    """Real images of the class's common group, drawn anew as this group's; as draw_images().
-
-    Each is followed back to noise under its own prompt and drawn from there under the group's
-    (DDIM inversion, Song et al. 2021, section 4.3), so that what the prompts differ in changes and
-    the rest hardly does. Images of the common group go the same way: nothing but the attribute
-    tells the two groups apart. prompts: that of the real images, and draw's, encoded.
-    """
-    from diffusers import DDIMInverseScheduler, DDIMScheduler
-    from torchvision.transforms.functional import pil_to_tensor
-
-    rows = [draw.edited[index % len(draw.edited)] for index in indices]
-    images = [imagefolder.load_image(args.data / row["file_name"], family.size) for row in rows]
-    vae, solver = family.pipe.vae, family.pipe.scheduler
-    pixels = torch.stack([pil_to_tensor(image) for image in images]).to(vae.device, vae.dtype)
-    with torch.no_grad():
-        latents = vae.encode(pixels / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
-    for kind, prompt, output in ((DDIMInverseScheduler, prompts[0], "latent"),
-                                 (DDIMScheduler, prompts[1], "np")):
-        family.pipe.scheduler = kind.from_config(solver.config, clip_sample=False,
-                                                 set_alpha_to_one=False)
-        prompt = {name: value.repeat(len(rows), *[1] * (value.ndim - 1))
-                  for name, value in prompt.items()}
-        latents = family.pipe(**prompt, **family.drawing, height=family.size, width=family.size,
-                              num_inference_steps=args.steps, guidance_scale=1.0, latents=latents,
-                              output_type=output).images
-    family.pipe.scheduler = solver
-    return latents  # the images, by now
-
-
-def guide_within(interval, family):
-    """Guides at noise levels of the interval alone (Kynkäänniemi et al. 2024, section 3).
-
-    interval: of the share of the training timesteps, 0 (an image) to 1 (noise). The pipeline asks
-    for two predictions in one batch, without and with the prompt. Outside of the interval the
-    second stands for both, so that guidance changes nothing, and only it is computed.
-    """
-    network, (low, high) = family.network, interval
-    signature = inspect.signature(network.forward)
-
-    def second_half(value, count):
-        if isinstance(value, dict):
-            return {name: second_half(part, count) for name, part in value.items()}
-        is_batch = torch.is_tensor(value) and value.ndim and len(value) == count
-        return value[count // 2:] if is_batch else value
-
-    def halve(module, args, kwargs):
-        given = signature.bind(*args, **kwargs)
-        level = family.noise_level(given.arguments["timestep"])
-        module.halved = family.pipe.do_classifier_free_guidance and not low <= level <= high
-        if module.halved:
-            count = len(next(iter(given.arguments.values())))
-            for name, value in given.arguments.items():
-                given.arguments[name] = second_half(value, count)
-        return given.args, given.kwargs
-
-    def double(module, args, output):
-        return tuple(part.repeat(2, 1, 1, 1) for part in output) if module.halved else output
-
-    network.register_forward_pre_hook(halve, with_kwargs=True)
-    network.register_forward_hook(double)
-
-
 def draw_batches(sampler, score, batches, args):
     """Draws and saves the batches, [(draw, number)]. Returns their seconds, [(name, float)]."""
     seconds, loaded = [], None
@@ -265,14 +196,17 @@ def draw_batches(sampler, score, batches, args):
             if draw is not loaded:
                 sampler.load(draw.weights)
                 prompt = sampler.encoded(draw.prompt, draw.negative, draw.guidance > 1)
-                edited_from = sampler.encoded(draw.edited_from, "", False) if args.edit else None
+                before = sampler.encoded(draw.pool_prompt, "", False) if args.edit else None
                 work = made.unfinished(args.out, draw.name)
                 loaded, rows = draw, candidates.read(work, candidates.TABLE)
             indices = range(number * args.batch, (number + 1) * args.batch)
             if args.edit:
-                arrays = edit_images(sampler.family, draw, (edited_from, prompt), indices, args)
+                paths = [args.data / draw.source(index) for index in indices]
+                arrays = drawing.edit_images(sampler.family, before, prompt, paths, args.steps)
             else:
-                arrays = draw_images(sampler.family, draw, prompt, indices, args)
+                seeds = [stage.seed_of(args.seed, draw.name, index) for index in indices]
+                arrays = drawing.draw_images(sampler.family, prompt, seeds, draw.guidance,
+                                             args.steps)
             images = [Image.fromarray((array * 255).round().astype(np.uint8))
                       for array in np.nan_to_num(arrays)]
             scores = score(images, draw.group)
@@ -394,11 +328,15 @@ def add_keys(draws, rows, prompts, args):
         args, "base", "clip", "images", "max_tries", "drop_weights", "keep", "embeddings",
         "rare", "rare_below", "rare_guidance", "val_share")
     code = made.code_digest(__file__, weights.__file__, clip.__file__, families.__file__,
-                            candidates.__file__, stage.seed_of)
+                            candidates.__file__, drawing.__file__, imagefolder.load_image,
+                            stage.seed_of)
     made_by = files.digest(settings, prompts, imagefolder.class_prompts(rows), means,
                            files.model_digest(args.base), files.model_digest(args.clip), code)
+    pools = {imagefolder.labels_of(draw.group)[0]: draw.pool for draw in draws if draw.pool}
+    digests = {y: imagefolder.digest(args.data, pool) for y, pool in pools.items()}
     for draw in draws:
-        edited = args.edit and [imagefolder.digest(args.data, draw.edited), draw.edited_from]
+        pool = digests.get(imagefolder.labels_of(draw.group)[0])
+        edited = pool and [pool, draw.first, draw.pool_prompt]
         draw.key = files.digest(made_by, draw.name, draw.prompt, draw.negative, draw.guidance,
                                 draw.trained, edited)
     return made_by
@@ -426,10 +364,10 @@ def draw_all(draws, wanted, rows, args):
     if args.edit and not isinstance(family.schedule, families.Diffusion):
         raise InputError("--edit", "is for Stable Diffusion 1.x, 2.x and XL", "leave it out")
     wanted_prompts = [(draw.prompt, draw.negative, draw.guidance > 1) for draw in draws]
-    wanted_prompts += [(draw.edited_from, "", False) for draw in draws if args.edit]
+    wanted_prompts += [(draw.pool_prompt, "", False) for draw in draws if args.edit]
     sampler.encode(wanted_prompts)
     if args.guidance_interval != [0, 1]:
-        guide_within(args.guidance_interval, family)
+        drawing.guide_within(args.guidance_interval, family)
     score = ClipScore(clip.Clip(args.clip, accelerator.device), rows, args.alpha, args.embeddings)
     stage.start(args, wanted)
     if compute.FIRST:
@@ -465,8 +403,7 @@ def publish(draws, prompts, made_by, merged, args):
                 "clip_score": row["clip_score"],
                 "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
                 "negative_prompt": draw.negative, "guidance_scale": draw.guidance}
-                | ({"edited": draw.edited[row["index"] % len(draw.edited)]["file_name"]}
-                   if args.edit else {}))
+                | ({"edited": draw.source(row["index"])} if args.edit else {}))
     for group in prompts:
         mine = [row for row in rows if imagefolder.group_of(row) == group]
         save_sheet(args.out / f"{group}.png", args.out, mine)

@@ -7,7 +7,7 @@ chosen by the pipeline class in model_index.json; its prompts are encoded by its
 import inspect
 from pathlib import Path
 
-from common import models, stage
+from common import imagefolder, models, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")
@@ -37,6 +37,25 @@ class StableDiffusion:
     def predict(self, noisy, timesteps, prompt):
         """What the network predicts of noisy latents (B, C, h, w) for encoded prompts (B, ...)."""
         return self.network(noisy, timesteps, prompt["prompt_embeds"]).sample
+
+    def read_images(self, paths):
+        """Images in the size that the model takes, (N, 3, H, W) uint8."""
+        from torchvision.transforms.functional import pil_to_tensor  # takes seconds to import
+
+        images = [imagefolder.load_image(path, self.size) for path in paths]
+        return torch.stack([pil_to_tensor(image) for image in images])
+
+    def encode_images(self, pixels):
+        """Mean and std of the latents of read_images(), each (N, C, h, w), scaled."""
+        vae = self.pipe.vae
+        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0
+        with torch.no_grad():
+            found = vae.encode((pixels / 127.5 - 1).to(vae.dtype))
+        if hasattr(found, "latent_dist"):
+            mean, std = found.latent_dist.mean, found.latent_dist.std
+        else:  # Sana's has no posterior
+            mean, std = found.latent, torch.zeros_like(found.latent)
+        return (mean - shift) * scale, std * scale
 
     def noise_level(self, timestep):
         """A timestep as the network is given it, in a tensor, as a share of all: 0 to 1."""

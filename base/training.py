@@ -57,24 +57,12 @@ class Base:
 
     def encode(self, paths):
         """Mean and std of the latents of images, each (N, C, h, w) on the CPU, scaled."""
-        from torchvision.transforms.functional import pil_to_tensor
-
-        def read(paths):
-            images = [imagefolder.load_image(path, self.size) for path in paths]
-            return torch.stack([pil_to_tensor(image) for image in images])
-
         batch = min(16, max(1, 16 * 64**2 // self.size**2))  # 16 of 512 pixels would take 10 GB
-        moments, scale = [], self.vae.config.scaling_factor
-        shift = getattr(self.vae.config, "shift_factor", None) or 0
+        batches, moments = [paths[i:i + batch] for i in range(0, len(paths), batch)], []
         self.vae.to(self.device)
-        for pixels in ahead(read, [paths[i:i + batch] for i in range(0, len(paths), batch)]):
-            with torch.no_grad():
-                found = self.vae.encode(pixels.to(self.device) / 127.5 - 1)
-            if hasattr(found, "latent_dist"):
-                mean, std = found.latent_dist.mean, found.latent_dist.std
-            else:  # Sana's has no posterior
-                mean, std = found.latent, torch.zeros_like(found.latent)
-            moments.append([((mean - shift) * scale).cpu(), (std * scale).cpu()])
+        for pixels in ahead(self.family.read_images, batches):
+            found = self.family.encode_images(pixels.to(self.device))
+            moments.append([part.cpu() for part in found])
         self.vae.to("cpu")
         return [torch.cat(part) for part in zip(*moments)]
 

@@ -68,6 +68,7 @@ clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 $(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared, \
   $(eval $m-$r.generate = --rare $r)))
 $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
+# Real images edited, by the base or by compositional's model; without the filter.
 $(foreach m,vanilla compositional,$(eval $m-edited.generate = --edit --steps 20 --keep 1))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1
