@@ -144,13 +144,16 @@ def draws_of(rows, prompts, titles, args):
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
             name = group + unit["suffix"]
+            # What the same model calls the common group: a learned identifier is another there.
+            like = [draw for draw in of_common if draw["suffix"] == unit["suffix"]]
+            of_pool = (like or [unit])[0]["prompt"]
             if share:
                 draws.append(Draw(
                     name, group, imagefolder.unit_title(name, titles),
                     unit["prompt"].replace("{text}", text), negative, guidance,
                     unit["unit"] and args.models / unit["unit"], unit["key"], share,
                     pool, taken.get(y, 0),
-                    unit["prompt"].replace("{text}", prompts.get(other, ""))))
+                    of_pool.replace("{text}", prompts.get(other, ""))))
             # The next unit of the class edits other images, while there are any.
             taken[y] = taken.get(y, 0) + math.ceil(share / args.keep)
     if compute.FIRST and notes:
