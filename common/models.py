@@ -13,7 +13,8 @@ def load_model(read, name, flag):
     """read(name), a from_pretrained. Raises InputError if the model is missing or incomplete."""
     silence_libraries()
     if name.startswith("base/") and not Path(name).exists():  # else it is taken for a hub id
-        raise InputError(f"{flag} {name}", "does not exist", "`make base` trains a base, see README")
+        raise InputError(f"{flag} {name}", "does not exist",
+                         "`make base` trains a base, see README")
     try:
         model = read(name)
         _check(model)

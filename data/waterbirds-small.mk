@@ -1,5 +1,5 @@
-# Waterbirds for two cores: files of 112 pixels, EfficientNet-Lite0 (4 million weights) pretrained on
-# ImageNet, see RESULTS.md; recipes that need real images alone. All values are ours.
+# Waterbirds for two cores: files of 112 pixels, EfficientNet-Lite0 (4 million weights) pretrained
+# on ImageNet, see RESULTS.md; recipes that need real images alone. All values are ours.
 # `make DATASET=waterbirds-small ROOT=~/waterbirds WEIGHTS=~/lite0.safetensors`
 LOADER     = waterbirds
 WEIGHTS    ?= downloads/lite0.safetensors

@@ -36,7 +36,8 @@ sweep:
 	$(PY) evaluation/sweep.py $(call results_of,$(BIASES)) --out runs/$(DATASET)-sweep
 # At the severe bias also rare groups that are drawn by the models of common ones.
 PAPER_BIASES  ?= 0.95 0.99
-PAPER_RECIPES ?= erm groupdro self dfr ffr vanilla lora dreambooth clustered compositional
+PAPER_RECIPES ?= erm groupdro self dfr ffr vanilla lora dreambooth clustered compositional \
+                 vanilla-edited
 PAPER_SEEDS   ?= 0 1 2
 PAPER_SEVERE  ?= dreambooth-transfer clustered-transfer
 SEVERE         = $(lastword $(PAPER_BIASES))
