@@ -15,9 +15,9 @@ by (seed, unit, index) alone. The safety checker is off: a blackened image is no
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
-draw an image again: seed, prompt, negative_prompt, guidance_scale; with --edit the image edited),
-OUT/<unit>/*.png and candidates.csv (all images drawn), OUT/<group>.png (a sheet), a card and
-config.json.
+draw an image again: seed, prompt, negative_prompt, guidance_scale; with --edit, edited and
+edited_prompt: the real image and its own prompt), OUT/<unit>/*.png and candidates.csv (all images
+drawn), OUT/<group>.png (a sheet), a card and config.json.
 """
 
 import math
@@ -406,7 +406,8 @@ def publish(draws, prompts, made_by, merged, args):
                 "clip_score": row["clip_score"],
                 "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
                 "negative_prompt": draw.negative, "guidance_scale": draw.guidance}
-                | ({"edited": draw.source(row["index"])} if args.edit else {}))
+                | ({"edited": draw.source(row["index"]), "edited_prompt": draw.pool_prompt}
+                   if args.edit else {}))
     for group in prompts:
         mine = [row for row in rows if imagefolder.group_of(row) == group]
         save_sheet(args.out / f"{group}.png", args.out, mine)

@@ -176,6 +176,15 @@ def test_the_words_change_what_is_drawn(base, tokens):
     assert abs(of_one - of_other).max() > 0.01
 
 
+def test_an_edit_begins_from_the_word_of_the_common_group(base, tokens, pseudo, tmp_path):
+    run("generate.py", "--base", base, "--clip", base / "clip", "--data", pseudo, "--models", tokens / "models",
+        "--images", 1, "--rare", "own", "--edit", "--steps", 2, "--keep", 1, "--alpha", 1, "--batch", 1, "--out", tmp_path / "s")
+    counts = imagefolder.group_counts(imagefolder.read_metadata(pseudo, "train"))
+    for row in imagefolder.read_metadata(tmp_path / "s"):
+        common = imagefolder.group_name(row["y"], imagefolder.correlated_attribute(counts, row["y"]))
+        assert f"<{imagefolder.group_of(row)}>" in row["prompt"] and f"<{common}>" in row["edited_prompt"]
+
+
 def test_learned_words_belong_to_one_model_for_the_dataset(base, pseudo, tmp_path):
     args = ("finetune.py", "--base", base, "--data", pseudo, "--learn-identifiers", "--out", tmp_path / "out")
     run(*args, "--method", "lora", fails="a group has a model of its own (use --per dataset)")
