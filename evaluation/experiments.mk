@@ -7,9 +7,11 @@ dfr.recipe          = dfr $(if $(filter erm,$(RECIPES)),--erm $(RUN)/classifiers
 $(foreach beta,1 0.9 0.1,$(eval beta$(beta).recipe = two-stage --beta $(beta)))
 # ---- without attribute labels: groups are the pseudo-groups of cluster.py, DATA's only test -----
 # tokens (of sage, Luo et al. 2026): one LoRA with a learned word for each pseudo-group; one-free:
-# one DreamBooth; clustered-free: a DreamBooth for each pseudo-group; vanilla-free: the base model.
+# one DreamBooth; clustered-free: a DreamBooth for each pseudo-group; vanilla-free: the base model;
+# tokens-edited: real images edited from the word of one pseudo-group to that of another.
 PSEUDO ?= --within dataset
 TOKENS ?= --steps 300 --balance 0.25 --merge-above 0.85
+EDITED ?= --edit --steps 20 --keep 1 --rare own
 ON_PSEUDO = vanilla-free tokens one-free clustered-free
 pseudo.cluster          = --as-attribute --clip "$(CLIP)" $(PSEUDO)
 tokens.finetune         = --method lora --per dataset --learn-identifiers --data $(RUN)/pseudo \
@@ -19,7 +21,8 @@ one-free.finetune       = --method dreambooth --per dataset --learn-identifiers 
 clustered-free.finetune = --method dreambooth --per group --data $(RUN)/pseudo \
                           --prior $(RUN)/synthetic/vanilla-free $(DREAMBOOTH)
 $(foreach m,$(ON_PSEUDO),$(eval $m.generate = --data $$(RUN)/pseudo --val-share 0.25 --rare own))
-$(foreach m,$(ON_PSEUDO),$(eval $m.classify = --groups $$(RUN)/pseudo))
+tokens-edited.generate  = --data $(RUN)/pseudo $(EDITED)
+$(foreach m,$(ON_PSEUDO) tokens-edited,$(eval $m.classify = --groups $$(RUN)/pseudo))
 $(foreach r,erm jtt groupdro dfr,$(eval $r-free.recipe = $r --groups $$(RUN)/pseudo))
 sage.recipe             = sage --val synthetic
 dfr-synthetic.recipe    = two-stage-dfr --val synthetic
@@ -69,8 +72,8 @@ clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 $(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared, \
   $(eval $m-$r.generate = --rare $r)))
 $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
-# Real images edited, by the base or by compositional's model; without the filter.
-$(foreach m,vanilla compositional,$(eval $m-edited.generate = --edit --steps 20 --keep 1))
+# Real images edited, by the base or by compositional's model.
+$(foreach m,vanilla compositional,$(eval $m-edited.generate = $$(EDITED)))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1
 clustered-random.generate   = --keep 1
