@@ -17,7 +17,6 @@ clip         := $(or $(wildcard $(subst $(blank),\$(blank),$(BASE))/clip), \
   $(addsuffix /clip,$(filter base/%,$(BASE))),openai/clip-vit-large-patch14)
 CLIP         ?= $(clip)
 K            ?= auto
-MODES        ?= auto
 IMAGES       ?= 250
 EPOCHS       ?= 30
 KEEP_WEIGHTS ?= yes
@@ -31,11 +30,9 @@ dreambooth.finetune     = --method dreambooth --per group   --data $(DATA) $(pri
 clustered.finetune      = --method dreambooth --per cluster --data $(RUN)/clusters $(prior) \
                           $(DREAMBOOTH) $(CLUSTERED)
 clustered-lora.finetune = --method lora       --per cluster --data $(RUN)/clusters $(LORA)
-one-model.finetune      = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
-compositional.finetune  = --method dreambooth --per dataset --data $(RUN)/modes $(COMPOSITIONAL)
+compositional.finetune  = --method dreambooth --per dataset --data $(DATA) $(COMPOSITIONAL)
 prior                   = --prior $(RUN)/synthetic/vanilla
 clusters.cluster        = --k $(K)
-modes.cluster           = --within class --k $(MODES)
 named         = $(sort $(basename $(filter $1,$(.VARIABLES))))
 include evaluation/experiments.mk
 METHODS      := vanilla $(call named,%.finetune %.generate)

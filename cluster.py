@@ -1,27 +1,27 @@
-"""Stage 1: clusters the training images within each group (class x attribute), or class.
+"""Stage 1: clusters the training images within each group (class x attribute).
 
     python cluster.py --data data/digits-0.95 --embeddings runs/digits-0.95/embeddings \\
         --out runs/digits-0.95/clusters
     python cluster.py --data data/mine --embeddings runs/mine/embeddings --within dataset \\
-        --as-attribute --out runs/mine/pseudo
+        --out runs/mine/pseudo
 
 k-means on CLIP image embeddings within each group (paper, "Clustered DreamBooth"), so that no
 diffusion model has to carry too much variation. `--k auto` takes the number of clusters with the
 best silhouette. No cluster is smaller than --min-size: smaller ones are merged into their nearest,
-and a group too small to split stays whole. `--within class` (ours) clusters a class across its
-groups, for finetune.py --per dataset; each group's mean embedding is subtracted first, so that
-k-means does not find the attribute again.
+and a group too small to split stays whole.
 
-`--as-attribute` (ours) is for data without attribute labels: it writes a dataset whose attribute
-`a` is the cluster, for all splits; val and test images take the nearest cluster. Its groups, class
-x cluster, are pseudo-groups, which every later stage takes for groups. `--within dataset` finds a
-shortcut that classes share, where few images of a class lack it; `--within class` is SAGE's way
-(Luo et al. 2026). `--attributes "on land" "on water"` takes the more similar of these words by
-CLIP. No attribute label of DATA is read then, except to print how well they agree.
+`--within dataset` and `--within class` are for data without attribute labels: they write a dataset
+whose attribute `a` is the cluster, for all splits; val and test images take the nearest cluster.
+Its groups, class x cluster, are pseudo-groups, which every later stage takes for groups. Clusters
+of all classes together (ours) find a shortcut that classes share, where few images of a class lack
+it; those of each class are SAGE's way (Luo et al. 2026). `--attributes "on land" "on water"` takes
+the more similar of these words by CLIP instead. No attribute label of DATA is read then, except to
+print how well they agree.
 
 Reads DATA and the embeddings of data/embed.py. Writes OUT/metadata.csv (the training rows with a
-column `cluster`, an integer from 0 within the group or class, largest first; with --as-attribute
-all rows), OUT/<group or class>.png (a sheet with one row per cluster) and OUT/config.json.
+column `cluster`, an integer from 0 within the group, largest first; or all rows of the dataset
+without attribute labels), OUT/<group or class>.png (a sheet with one row per cluster) and
+OUT/config.json.
 """
 
 import os
@@ -38,7 +38,7 @@ SAMPLE = 10_000  # images of a group that decide where its clusters are
 
 
 def group_clusters(embeddings, k, k_max, min_size, seed):
-    """Clusters the images of one group or class.
+    """Clusters the images of one group, or of what else is clustered.
 
     embeddings: (N, D) float array. k: an int, or "auto" for the best silhouette among 2..k_max.
     Returns labels (N,) int from 0, largest cluster first; 0 if the group is too small to split.
@@ -82,13 +82,6 @@ def kmeans(embeddings, k, min_size, seed):
     return rank[labels]
 
 
-def without_group_means(embeddings, groups):
-    """Embeddings (N, D) minus the mean of their group; groups: a name for each."""
-    names, members = np.unique(groups, return_inverse=True)
-    means = np.stack([embeddings[members == i].mean(0) for i in range(len(names))])
-    return embeddings - means[members]
-
-
 def nearest_cluster(embeddings, clustered, labels):
     """The cluster (N,) with the nearest mean, for embeddings (N, D).
 
@@ -121,7 +114,7 @@ def most_similar(embeddings, rows, prompts, words, encoder):
 def main(argv=None):
     args = parse(argv)
     stage.begin(args)
-    rows = imagefolder.read_metadata(args.data, None if args.as_attribute else "train")
+    rows = imagefolder.read_metadata(args.data, "train" if args.within == "group" else None)
     key = files.digest(made.settings_of(args, "embeddings", "clip"),
                        imagefolder.digest(args.data, rows), link_between(args.out, args.data),
                        clip.embeddings_digest(args.embeddings),
@@ -131,15 +124,12 @@ def main(argv=None):
         return
     encoder = args.attributes and clip.Clip(args.clip, compute.accelerator().device)
     embeddings = clip.read_embeddings(args.embeddings, rows, encoder)
-    if args.within == "class" and not args.as_attribute:
-        groups = [imagefolder.group_of(row) for row in rows]
-        embeddings = without_group_means(embeddings, groups)
     if args.attributes:
         name_attributes(rows, embeddings, args.attributes, encoder)
     else:
         cluster_rows(rows, embeddings, args)
     sheets, column = [part_of(row, args.within) for row in rows], "cluster"
-    if args.as_attribute:
+    if args.within != "group":
         sheets = [f"y{row['y']}" for row in rows]
         rows, column = with_attribute(rows, args), "a"
     with files.replacing(args.out) as out:
@@ -215,12 +205,11 @@ def parse(argv=None):
     add("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     add("--embeddings", type=Path, required=True, help="of its images: output of data/embed.py")
     add("--k", type=stage.number(int, 1, word="auto"), default="auto",
-        help="clusters per group or class, or auto")
+        help="clusters per group (or class, or dataset), or auto")
     add("--within", choices=("group", "class", "dataset"), default="group",
-        help="what is clustered")
-    add("--as-attribute", action=stage.Flag, default=False, help="write a dataset whose attribute "
-        "is the cluster: for data without attribute labels")
-    add("--attributes", nargs="+", metavar="WORDS", default=[], help="words for --as-attribute "
+        help="what is clustered; class, dataset: for data without attribute labels, write a "
+        "dataset whose attribute is the cluster")
+    add("--attributes", nargs="+", metavar="WORDS", default=[], help="words that are the attribute "
         'instead of clusters, such as "on land" "on water"; they follow the prompt of the class')
     add("--clip", help="for --attributes: the CLIP model of the embeddings, a folder or hub id")
     add("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
@@ -229,15 +218,10 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="seed of k-means")
     add("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
-    if args.attributes and not (args.clip and args.as_attribute):
-        raise InputError("--attributes", "needs --clip and --as-attribute", "add them")
+    if args.attributes and not args.clip:
+        raise InputError("--attributes", "needs the CLIP model of the embeddings", "add --clip")
     if args.attributes:
         args.within = "dataset"
-    if args.as_attribute and args.within == "group":
-        raise InputError("--as-attribute", "a cluster of a group depends on its attribute",
-                         "add --within class or dataset")
-    if args.within == "dataset" and not args.as_attribute:
-        raise InputError("--within dataset", "its clusters span classes", "add --as-attribute")
     return args
 
 

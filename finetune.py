@@ -11,10 +11,8 @@ attention, Hu et al. 2022; dreambooth: all of it, Ruiz et al. 2023) and on which
 cluster). Clustered DreamBooth is dreambooth per cluster; vanilla needs no fine-tuning. A rare word
 in the prompt, the identifier, stands for the unit.
 
-Our compositional method trains one model `--per dataset`: each image with its own group's prompt
-and an identifier for its cluster (of cluster.py --within class). What a class looks like is learned
-mostly from the common groups, the attribute from the prompt, and a rare group can then be drawn in
-every mode of its class.
+Our compositional method trains one model `--per dataset`: each image with its own group's prompt.
+What a class looks like is learned mostly from the common groups, the attribute from the prompt.
 
 Reads DATA (split train; column `cluster` for --per cluster) and, for prior preservation, the images
 of vanilla. Writes OUT/<unit>/ with the weights (see base/weights.py), loss.csv, a model card and
@@ -171,7 +169,8 @@ def units_of(rows, prior_rows, args):
         members.setdefault(names[args.per], []).append(row)
     steps, units = args.steps * args.accumulation, []
     for name, mine in sorted(members.items()):
-        words = [identifier(row, args) for row in mine]
+        words = [f"<{imagefolder.group_of(row)}>" if args.learn_identifiers else args.identifier
+                 for row in mine]
         templates = [args.prompt.replace("{identifier}", word) for word in words]
         prompts = [template.replace("{text}", row["text"])
                    for template, row in zip(templates, mine)]
@@ -184,14 +183,6 @@ def units_of(rows, prior_rows, args):
         units.append(Unit(name, imagefolder.unit_title(name, titles), mine, templates,
                           sorted(set(words)), images, prior))
     return units
-
-
-def identifier(row, args):
-    """The word for a row's unit. One model tells clusters by number, or learns a word for each."""
-    cluster = row.get("cluster", "") if args.per == "dataset" else ""
-    if args.learn_identifiers:
-        return f"<{imagefolder.group_of(row)}{f'-c{cluster}' if cluster else ''}>"
-    return f"{args.identifier}{cluster}"
 
 
 def add_keys(units, base_digest, args):
@@ -256,7 +247,7 @@ def parse(argv=None):
     add("--prior", type=Path, help="class images (the vanilla synthetic images) for prior "
         "preservation; default: no prior preservation")
     add("--learn-identifiers", action=stage.Flag, default=False, help="--per dataset: learn a word "
-        "for each group (or cluster) instead of using --identifier")
+        "for each group instead of using --identifier")
     add("--merge-above", type=stage.number(float, -1, 1), default=1.0, help="--learn-identifiers: "
         "groups of a class whose words have a higher cosine similarity are drawn as one group "
         "(SAGE); 1: none")
@@ -374,7 +365,7 @@ def publish(units, base_digest, args):
     draws = {}
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):
-            suffix = f"-c{row['cluster']}" if args.per != "group" and "cluster" in row else ""
+            suffix = f"-c{row['cluster']}" if args.per == "cluster" else ""
             a = None if args.per == "dataset" and not args.learn_identifiers else row["a"]
             if (row["y"], a) in merged:
                 suffix = f"-c{a}"

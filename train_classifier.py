@@ -12,7 +12,7 @@ images together. erm, reweight, resample, subg, groupdro, jtt, dfr and self are 
 images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr and self refit the
 last layer on val. None uses test. OUT/config.json says which group labels a recipe uses.
 
-Without attribute labels, `--groups` takes the pseudo-groups of cluster.py --as-attribute for
+Without attribute labels, `--groups` takes the pseudo-groups of cluster.py --within dataset for
 groups, and `--val synthetic` the val images of SYNTHETIC for val. sage (Luo et al. 2026) trains on
 real and synthetic images together and refits the last layer.
 
@@ -346,7 +346,7 @@ def parse(argv=None):
     add("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     add("--synthetic", type=Path, help="synthetic images: output folder of generate.py")
     add("--groups", type=lambda text: text if text == "none" else Path(text), help="folder of "
-        "cluster.py --as-attribute: its attribute replaces DATA's in train and val; none: each "
+        "pseudo-groups, of cluster.py: its attribute replaces DATA's in train and val; none: each "
         "class is one group")
     add("--val", choices=("real", "synthetic"), default="real", help="val images: of DATA or "
         "SYNTHETIC")

@@ -127,7 +127,7 @@ def check_name(where, name):
 
 
 def with_attributes_of(folder, rows):
-    """The rows with the attribute of a folder of cluster.py --as-attribute.
+    """The rows with the attribute of a folder of pseudo-groups, of cluster.py.
 
     folder: "none": the attribute is 0; None: the rows as they are. Raises InputError if it lacks an
     image.
@@ -140,14 +140,14 @@ def with_attributes_of(folder, rows):
     for row in rows:
         if row["file_name"] not in attributes:
             raise InputError(f"--groups {folder}", f"does not contain {row['file_name']}",
-                             "run cluster.py --as-attribute for --data")
+                             "run cluster.py --within dataset for --data")
     return [row | {"a": attributes[row["file_name"]]} for row in rows]
 
 
 def groups_drawn(synthetic, data):
     """(the dataset whose groups a synthetic set shows, its merged groups, for with_merged()).
 
-    The dataset is `data` itself or a folder of cluster.py --as-attribute.
+    The dataset is `data` itself or a folder of pseudo-groups, of cluster.py.
     """
     config = files.read_json(synthetic / "config.json")
     folder = Path(config.get("arguments", {}).get("data", data))

@@ -14,8 +14,8 @@ class ({y}), and the names of classes and attributes; add_flags(parser), check(a
 
 --bias natural keeps the training images as they are. A number removes training images until this
 share of each class has the attribute that is most over-represented in it; val and test are never
-touched. Without attribute labels a is 0 throughout: each class is one group (cluster.py
---as-attribute finds others).
+touched. Without attribute labels a is 0 throughout: each class is one group (cluster.py --within
+dataset finds others).
 
 Reads ROOT. Writes OUT/metadata.csv, OUT/images (a link to them, or the images where they are not
 files), OUT/splits (the same once more, a folder per split: so `load_dataset("imagefolder",

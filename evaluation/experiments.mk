@@ -5,15 +5,17 @@ ffr-groupdro.images = vanilla
 sage.images         = tokens
 dfr.recipe          = dfr $(if $(filter erm,$(RECIPES)),--erm $(RUN)/classifiers/erm)
 $(foreach beta,1 0.9 0.1,$(eval beta$(beta).recipe = two-stage --beta $(beta)))
+# Real images edited by the base model, instead of images drawn from noise.
+EDITED ?= --edit --steps 20 --keep 1 --rare own
+vanilla-edited.generate = $(EDITED)
 # ---- without attribute labels: groups are the pseudo-groups of cluster.py, DATA's only test -----
 # tokens (of sage, Luo et al. 2026): one LoRA with a learned word for each pseudo-group; one-free:
 # one DreamBooth; clustered-free: a DreamBooth for each pseudo-group; vanilla-free: the base model;
 # tokens-edited: real images edited from the word of one pseudo-group to that of another.
 PSEUDO ?= --within dataset
 TOKENS ?= --steps 300 --balance 0.25 --merge-above 0.85
-EDITED ?= --edit --steps 20 --keep 1 --rare own
 ON_PSEUDO = vanilla-free tokens one-free clustered-free
-pseudo.cluster          = --as-attribute --clip "$(CLIP)" $(PSEUDO)
+pseudo.cluster          = --clip "$(CLIP)" $(PSEUDO)
 tokens.finetune         = --method lora --per dataset --learn-identifiers --data $(RUN)/pseudo \
                           $(LORA) $(TOKENS)
 one-free.finetune       = --method dreambooth --per dataset --learn-identifiers \
@@ -72,8 +74,6 @@ clustered-no-prior.finetune = $(subst $(prior),,$(clustered.finetune))
 $(foreach m,lora dreambooth clustered,$(foreach r,own transfer shared, \
   $(eval $m-$r.generate = --rare $r)))
 $(foreach n,50 100 500,$(eval clustered-images$n.generate = --images $n))
-# Real images edited, by the base or by compositional's model.
-$(foreach m,vanilla compositional,$(eval $m-edited.generate = $$(EDITED)))
 clustered-alpha0.generate   = --alpha 0
 clustered-alpha1.generate   = --alpha 1
 clustered-random.generate   = --keep 1

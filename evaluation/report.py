@@ -3,9 +3,9 @@
     python evaluation/report.py --run runs/digits-0.95 --data data/digits-0.95 \\
         --out runs/digits-0.95/results/report.html
 
-Reads what the stages left in RUN: results/, images/, ablations/, clusters/, modes/, pseudo/ and
-every config.json.
-Writes the one file OUT, which opens from disk without a network; every text in it is escaped.
+Reads what the stages left in RUN: results/, images/, ablations/, clusters/, pseudo/ and every
+config.json. Writes the one file OUT, which opens from disk without a network; every text in it is
+escaped.
 """
 
 import base64
@@ -141,8 +141,7 @@ def main(argv=None):
             "figure": path.parent / "worst_group.png",
             "accuracies": accuracies_table(path.parent, args.run / "ablations" / "synthetic",
                                            sizes, titles)})
-    for name, title in (("clusters", "each group"), ("modes", "each class"),
-                        ("pseudo", "all classes")):
+    for name, title in (("clusters", "each group"), ("pseudo", "all classes")):
         sheets = sorted((args.run / name).glob("*.png"))
         if sheets:
             clusters[title] = sheets

@@ -495,7 +495,7 @@ def run_again(house, args):
 def test_make_runs_all_stages(house, tmp_path, dataset, download, method, more):
     root = download(tmp_path / "a download")
     args = [f"DATASET={dataset}", f"ROOT={root}", f"RECIPES={method}", "BASE=base/miniature", "SEEDS=0",
-            "CLIP=base/miniature/clip", "IMAGES=3", "EPOCHS=1", "K=2", "MODES=2", "CLUSTER=--min-size 3",
+            "CLIP=base/miniature/clip", "IMAGES=3", "EPOCHS=1", "K=2", "CLUSTER=--min-size 3",
             "LORA=--steps 1", "COMPOSITIONAL=--steps 1 --batch 2", "CLASSIFIER=",
             "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1", *more]
     make(house, *args)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import files_of, ROOT, run, start, together
 
-from cluster import group_clusters, without_group_means
+from cluster import group_clusters
 from common import imagefolder
 
 
@@ -47,16 +47,6 @@ def test_a_sample_finds_the_clusters_of_all(monkeypatch):
 @pytest.mark.parametrize("size", (1, 2, 9))
 def test_a_group_too_small_to_split_stays_whole(size):
     assert list(group_clusters(blobs(size)[0], 3, 5, 5, 0)) == [0] * size
-
-
-def test_without_group_means_the_groups_are_centred_and_keep_their_shape():
-    rng = np.random.default_rng(0)
-    attributes = np.arange(200) % 2
-    points = rng.normal(size=(200, 8)) + 3 * attributes[:, None]
-    centred = without_group_means(points, attributes)
-    for a in (0, 1):
-        assert np.allclose(centred[attributes == a].mean(0), 0)
-        assert np.allclose(np.diff(centred[attributes == a], axis=0), np.diff(points[attributes == a], axis=0))
 
 
 def test_the_stage_writes_the_one_format_with_clusters_of_train_and_a_sheet_per_group(dataset, embeddings, tmp_path):

@@ -195,7 +195,7 @@ CONTRADICTIONS = {
     "data/embed.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
     "data/embed.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
     "data/embed.py --data {data} --encoder x --out {out}": "--clip",
-    "cluster.py --data {data} --embeddings {embeddings} --within dataset --out {out}": "--within",
+    "cluster.py --data {data} --embeddings {embeddings} --attributes a b --out {out}": "--attributes",
     "cluster.py --data {data} --embeddings {embeddings} --unknown 3 --out {out}": "--unknown",
     "cluster.py --data {data} --out {out}": "--embeddings",
     "generate.py --base {base} --clip {clip} --data {data} --out {out}": "--embeddings",

@@ -40,7 +40,7 @@ def unlabelled(dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pseudo(unlabelled, embeddings, tmp_path_factory):
     out = tmp_path_factory.mktemp("clusters") / "pseudo"
-    run("cluster.py", "--data", unlabelled, "--embeddings", embeddings, "--within", "dataset", "--as-attribute", "--k", 2,
+    run("cluster.py", "--data", unlabelled, "--embeddings", embeddings, "--within", "dataset", "--k", 2,
         "--min-size", 3, "--out", out)
     return out
 
@@ -95,14 +95,14 @@ def test_clusters_over_all_classes_find_the_background_that_few_images_of_a_clas
 def test_pseudo_groups_do_not_depend_on_any_attribute_label(dataset, embeddings, pseudo, tmp_path):
     for name, attribute_of in (("true", lambda row: row["a"]), ("odd", lambda row: len(row["file_name"]) % 2)):
         data = with_attributes(dataset, tmp_path / name, attribute_of)
-        run("cluster.py", "--data", data, "--embeddings", embeddings, "--within", "dataset", "--as-attribute", "--k", 2,
+        run("cluster.py", "--data", data, "--embeddings", embeddings, "--within", "dataset", "--k", 2,
             "--min-size", 3, "--out", tmp_path / f"pseudo-{name}")
         assert (tmp_path / f"pseudo-{name}" / "metadata.csv").read_bytes() == (pseudo / "metadata.csv").read_bytes()
 
 
 def test_words_take_the_place_of_clusters(base, dataset, embeddings, tmp_path):
     data = with_attributes(dataset, tmp_path / "data", lambda row: row["a"])
-    args = ("cluster.py", "--data", data, "--embeddings", embeddings, "--as-attribute", "--attributes", "on a red background",
+    args = ("cluster.py", "--data", data, "--embeddings", embeddings, "--attributes", "on a red background",
             "on a green background", "--out", tmp_path / "out")
     text = run(*args, "--clip", base / "clip")
     rows = imagefolder.read_metadata(tmp_path / "out")
@@ -110,14 +110,12 @@ def test_words_take_the_place_of_clusters(base, dataset, embeddings, tmp_path):
     assert agree > 0.9 and f"accuracy of the words, taken in order for a = 0, 1, ...: {agree:.3f}" in text
     assert {row["text"] for row in rows if row["a"]} == {f"a photo of an {y} digit on a green background" for y in ("even", "odd")}
     assert all(0.5 <= float(row["confidence"]) <= 1 for row in rows)
-    run(*args, fails="--attributes: needs --clip")
+    run(*args, fails="--attributes: needs the CLIP model of the embeddings (add --clip)")
 
 
-def test_clusters_that_cannot_be_attributes_are_refused(dataset, embeddings, tmp_path):
-    args = ("cluster.py", "--data", dataset, "--embeddings", embeddings, "--out", tmp_path / "out")
-    run(*args, "--as-attribute", fails="a cluster of a group depends on its attribute")
-    run(*args, "--within", "dataset", fails="its clusters span classes")
-    run(*args, "--within", "class", "--as-attribute", fails="has no column class_text, and class 0 has several texts")
+def test_pseudo_groups_need_a_prompt_of_each_class(dataset, embeddings, tmp_path):
+    run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--within", "class", "--out", tmp_path / "out",
+        fails="has no column class_text, and class 0 has several texts")
 
 
 # ----------------------------------------------------------------------------- learned words and synthetic val
