@@ -38,9 +38,9 @@ make clean     remove runs/{DATASET}-{BIAS}
 
 Settings, for example make K=3 SEEDS="0 1 2 3 4", and flags of a stage, which replace those of
 data/{DATASET}.mk, for example make CLUSTER="--k-max 8" (PREPARE EMBED CLUSTER PSEUDO LORA
-DREAMBOOTH CLUSTERED COMPOSITIONAL TOKENS GENERATE CLASSIFIER FAILURES, PRETRAIN of make base,
-DRYRUN). ROOT is your folder, PREDICTIONS your csv, COLUMNS names its columns, LAUNCH stands before
-commands:
+DREAMBOOTH CLUSTERED COMPOSITIONAL TOKENS EDITED GENERATE CLASSIFIER FAILURES, PRETRAIN of make
+base, DRYRUN). ROOT is your folder, PREDICTIONS your csv, COLUMNS names its columns, LAUNCH stands
+before commands:
 """
 WITHOUT_RUN = {"help", "dryrun", "bench", "clean", "test", "torture", "test-slurm", "base"}
 
