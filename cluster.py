@@ -210,7 +210,8 @@ def parse(argv=None):
         help="what is clustered; class, dataset: for data without attribute labels, write a "
         "dataset whose attribute is the cluster")
     add("--attributes", nargs="+", metavar="WORDS", default=[], help="words that are the attribute "
-        'instead of clusters, such as "on land" "on water"; they follow the prompt of the class')
+        'instead of clusters, such as "on land" "on water"; they follow the prompt of the class; '
+        "--within is then dataset")
     add("--clip", help="for --attributes: the CLIP model of the embeddings, a folder or hub id")
     add("--k-max", type=count, default=5, help="largest number of clusters that auto tries")
     add("--min-size", type=count, default=10, help="smallest number of images in a cluster: models "

@@ -207,7 +207,7 @@ def main(argv=None):
     table = args.data / "metadata.csv"
     if args.per == "cluster" and "cluster" not in rows[0]:
         raise InputError(table, "has no column 'cluster'", "point --data to cluster.py's output")
-    for row in rows if args.per != "group" else ():  # it becomes a part of a folder's name
+    for row in rows if args.per == "cluster" else ():  # it becomes a part of a folder's name
         imagefolder.as_label(table, "cluster", row.get("cluster", "0"))
     prior_rows = imagefolder.read_metadata(args.prior, "train") if args.prior else []
     units = units_of(rows, prior_rows, args)

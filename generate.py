@@ -11,7 +11,8 @@ severe bias). With --rare shared these models draw the common group in the same 
 but the attribute tells the images of the two apart. With --edit real images of the common group are
 edited into both groups, instead of drawing from noise (see base/drawing.py). Of the images drawn,
 the share --keep with the best CLIP score is selected (paper, CLIP filter). An image is determined
-by (seed, unit, index) alone. The safety checker is off: a blackened image is no training image.
+by (seed, unit, index) alone; of an edit the seed chooses the real image. The safety checker is off:
+a blackened image is no training image.
 
 Reads DATA/metadata.csv (groups and their prompts), MODELS and EMBEDDINGS. Writes OUT/metadata.csv
 (the selected images in the one format, with columns unit, clip_score, and what diffusers needs to
@@ -125,14 +126,14 @@ def draws_of(rows, prompts, titles, args):
         own = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         of_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
         units, negative, guidance = own or [base], "", args.guidance_scale
-        other = imagefolder.group_name(y, common)
+        other, wanted = imagefolder.group_name(y, common), math.ceil(args.images / args.keep)
         is_rare = a != common and counts.get(group, 0) < fewest
         if of_common and (is_rare or args.rare == "shared"):
             units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
                      for draw in of_common]
             if is_rare:
                 notes.append(f"{titles[group]}: drawn by the models of {titles[other]}")
-            if args.rare != "shared":
+            if args.rare != "shared" and not args.edit:
                 # The paper's severe bias: the common group's models, without their identifier. The
                 # rare group's prompt swaps the attribute's words; the others are the negative one.
                 negative, guidance = words_in(prompts[other], text), args.rare_guidance
@@ -141,12 +142,16 @@ def draws_of(rows, prompts, titles, args):
         pool = pools.get(y, [])
         if args.edit and not pool:
             raise InputError("--edit", f"there are no training images of class {y}", "add some")
+        if args.edit and len(pool) < wanted:
+            notes.append(f"{titles[group]}: {wanted} images from {len(pool)} real ones, with "
+                         "repetitions")
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
             name = group + unit["suffix"]
             # What the same model calls the common group: a learned identifier is another there.
-            like = [draw for draw in of_common if draw["suffix"] == unit["suffix"]]
-            of_pool = (like or [unit])[0]["prompt"]
+            theirs = of_common if units is own else []
+            same = [draw for draw in theirs if draw["suffix"] == unit["suffix"]]
+            of_pool = (same or theirs or [unit])[0]["prompt"]
             if share:
                 draws.append(Draw(
                     name, group, imagefolder.unit_title(name, titles),
@@ -404,7 +409,8 @@ def publish(draws, prompts, made_by, merged, args):
                 "file_name": f"{draw.name}/{candidates.image_name(row['index'])}",
                 "split": split, "y": y, "a": a, "text": prompts[draw.group], "unit": draw.name,
                 "clip_score": row["clip_score"],
-                "seed": stage.seed_of(args.seed, draw.name, row["index"]), "prompt": draw.prompt,
+                "seed": "" if args.edit else stage.seed_of(args.seed, draw.name, row["index"]),
+                "prompt": draw.prompt,
                 "negative_prompt": draw.negative, "guidance_scale": draw.guidance}
                 | ({"edited": draw.source(row["index"]), "edited_prompt": draw.pool_prompt}
                    if args.edit else {}))

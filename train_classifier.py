@@ -78,7 +78,7 @@ def group_labels(recipe, synthetic, groups=None, val="real"):
     """
     config = files.read_json(synthetic / "config.json") if synthetic else {}
     settings = config.get("arguments", {})
-    on_train = settings.get("models") or settings.get("embeddings")
+    on_train = settings.get("models") or settings.get("embeddings") or settings.get("edit")
     for phase in RECIPES[recipe]:
         by_group = (phase.images == "filled", phase.drawn in ("group-balanced", "smallest group"),
                     phase.loss in ("group_weighted", "group_dro"))

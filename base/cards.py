@@ -26,12 +26,14 @@ def of_images(path, rows, args):
     prompts = [f"`{prompt}`" for prompt in sorted({row["prompt"] for row in rows})]
     table = "".join(f"| {titles[group]} | {count} |\n" for group, count in counts.items())
     tuned = ", fine-tuned" if args.models else ""
+    how = (f"Real training images, edited by {args.base}{tuned} (column `edited`; those of common "
+           "groups are hardly changed)" if args.edit else f"Drawn by {args.base}{tuned}")
     settings = {"license": "unknown", "task_categories": ["image-classification"],
                 "tags": ["synthetic", "imagefolder"]}
     save(path, settings, f"""\
 # {len(rows)} synthetic images in {len(counts)} groups
 
-Drawn by {args.base}{tuned}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered
+{how}, {args.steps} steps, guidance scale {args.guidance_scale:g}; filtered
 with CLIP ({args.clip}, --keep {args.keep:g}). metadata.csv holds class `y`,
 attribute `a`, prompt, unit, CLIP score and seed of each image, config.json arguments and versions.
 

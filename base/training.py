@@ -242,7 +242,7 @@ def merged_groups(unit, above):
     merged, words = {}, weights.read_tokens(unit)
     linkage = AgglomerativeClustering(None, metric="cosine", linkage="single",
                                       distance_threshold=1 - above)
-    groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words if "-c" not in word)
+    groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words)
     for y in {y for y, _ in groups}:
         mine = [a for other, a in groups if other == y]
         if len(mine) > 1:

@@ -16,7 +16,7 @@ LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
   fi)
 endif
 WITH_LABELS    = erm groupdro vanilla lora dreambooth clustered
-WITHOUT_LABELS = erm-free jtt-free dfr-free sage one-free clustered-free
+WITHOUT_LABELS = erm-free jtt-free dfr-free sage tokens-edited one-free clustered-free
 RECIPES    ?= $(if $(LABELLED),$(WITH_LABELS),$(WITHOUT_LABELS))
 REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
 BIAS       ?= natural

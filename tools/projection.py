@@ -142,7 +142,8 @@ def amounts_of(command, commands, counts, assumed):
         units = max(len(units), len(train))  # one model for all draws each group by itself
         wanted = math.ceil(math.ceil(settings.images * len(train) / units) / settings.keep)
         images = units * math.ceil(wanted / settings.batch) * settings.batch
-        return {"units": units, "steps": images * settings.steps, "images": images}, images
+        steps = images * settings.steps * (2 if settings.edit else 1)  # there and back
+        return {"units": units, "steps": steps, "images": images}, images
     if script == "train_classifier.py":
         seeds = len(settings.seeds)
         images = passes(settings, train, drawn, val, test)
