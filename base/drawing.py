@@ -30,9 +30,11 @@ def edit_images(family, before, after, paths, steps):
 
     pipe, solver = family.pipe, family.pipe.scheduler
     latents, _ = family.encode_images(family.read_images(paths).to(pipe.vae.device))
+    spacing = "trailing" if solver.config.timestep_spacing == "trailing" else "leading"
 
-    def solve(kind, prompt, latents, output):
-        pipe.scheduler = kind.from_config(solver.config, clip_sample=False, set_alpha_to_one=False)
+    def solve(kind, prompt, latents, output):  # the inverse scheduler knows two spacings alone
+        pipe.scheduler = kind.from_config(solver.config, clip_sample=False, set_alpha_to_one=False,
+                                          timestep_spacing=spacing)
         return _run(family, prompt, len(paths), steps, guidance_scale=1.0, output_type=output,
                     latents=latents)
 
