@@ -6,8 +6,9 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic
-images, then only the last layer on the real, biased ones (two-stage-whole: the whole network). ffr
-uses cross-entropy alone, then the whole network; mixed and filled train once, on real and synthetic
+images, then only the last layer on the real, biased ones (two-stage-whole: the whole network;
+synthetic: the first stage alone, for where the second one learns the bias again). ffr uses
+cross-entropy alone, then the whole network; mixed and filled train once, on real and synthetic
 images together. erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real
 images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr and self refit the
 last layer on val. None uses test. OUT/config.json says which group labels a recipe uses.
@@ -59,6 +60,7 @@ RECIPES = {
     "ffr": [FAKE, ERM],  # From Fake to Real, arXiv 2308.04553
     "ffr-groupdro": [FAKE, GROUP_DRO],
     "sage": [MIXED, DFR],
+    "synthetic": [PRETRAINED],
     "two-stage": [PRETRAINED, Phase("real", "shuffled", "cross_entropy", "last layer")],
     "two-stage-whole": [PRETRAINED, ERM],
     "two-stage-groupdro": [PRETRAINED, Phase("real", "group-balanced", "group_dro", "last layer")],
