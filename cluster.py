@@ -38,7 +38,7 @@ SAMPLE = 10_000  # images of a group that decide where its clusters are
 
 
 def group_clusters(embeddings, k, k_max, min_size, seed):
-    """Clusters the images of one group, or of what else is clustered.
+    """Clusters the images of one group, of one class or of the whole dataset.
 
     embeddings: (N, D) float array. k: an int, or "auto" for the best silhouette among 2..k_max.
     Returns labels (N,) int from 0, largest cluster first; 0 if the group is too small to split.

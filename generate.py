@@ -101,9 +101,9 @@ class Draw:
     weights: Path | None  # folder of the unit; None: the base model's own
     trained: str | None  # key of these weights
     share: int  # images that are wanted
-    pool: list  # rows of the training images that --edit edits
-    first: int  # the one that candidate 0 is made from
-    pool_prompt: str  # what they show
+    pool_prompt: str  # what the images show that --edit edits
+    pool: list | None = None  # their rows, see add_sources()
+    first: int = 0  # the one that candidate 0 is made from
     key: str = ""
 
     def source(self, index):
@@ -115,18 +115,16 @@ def draws_of(rows, prompts, titles, args):
     """The draws for all groups. prompts, titles: {group: ...}."""
     trained = weights.read_draws(args.models, args.base) if args.models else []
     base = {"unit": None, "suffix": "", "prompt": "{text}", "images": 1, "key": None}
-    train = [row for row in rows if row["split"] == "train"]
-    counts = imagefolder.group_counts(train)
-    pools = pools_of(train, args.seed) if args.edit else {}
+    counts = imagefolder.group_counts(row for row in rows if row["split"] == "train")
     fewest = {"own": 1, "auto": args.rare_below}.get(args.rare, math.inf)
-    draws, notes, taken = [], [], {}
+    draws, notes = [], []
     for group, text in prompts.items():
         y, a = imagefolder.labels_of(group)
         common = imagefolder.correlated_attribute(counts, y)
         own = [draw for draw in trained if draw["y"] == y and draw["a"] in (a, None)]
         of_common = [draw for draw in trained if draw["y"] == y and draw["a"] == common]
         units, negative, guidance = own or [base], "", args.guidance_scale
-        other, wanted = imagefolder.group_name(y, common), math.ceil(args.images / args.keep)
+        other = imagefolder.group_name(y, common)
         is_rare = a != common and counts.get(group, 0) < fewest
         if of_common and (is_rare or args.rare == "shared"):
             units = [draw | {"prompt": "{text}", "suffix": f"-by-{draw['unit']}"}
@@ -139,12 +137,6 @@ def draws_of(rows, prompts, titles, args):
                 negative, guidance = words_in(prompts[other], text), args.rare_guidance
         elif args.models and not own:
             notes.append(f"{titles[group]}: no training images, drawn by the base model")
-        pool = pools.get(y, [])
-        if args.edit and not pool:
-            raise InputError("--edit", f"there are no training images of class {y}", "add some")
-        if args.edit and len(pool) < wanted:
-            notes.append(f"{titles[group]}: {wanted} images from {len(pool)} real ones, with "
-                         "repetitions")
         shares = share_out(args.images, [unit["images"] for unit in units])
         for unit, share in zip(units, shares):
             name = group + unit["suffix"]
@@ -157,24 +149,36 @@ def draws_of(rows, prompts, titles, args):
                     name, group, imagefolder.unit_title(name, titles),
                     unit["prompt"].replace("{text}", text), negative, guidance,
                     unit["unit"] and args.models / unit["unit"], unit["key"], share,
-                    pool, taken.get(y, 0),
                     of_pool.replace("{text}", prompts.get(other, ""))))
-            # The next unit of the class edits other images, while there are any.
-            taken[y] = taken.get(y, 0) + math.ceil(share / args.keep)
     if compute.FIRST and notes:
         print(*notes, sep="\n")
     return draws
 
 
-def pools_of(train, seed):
-    """{y: the training images of the class's most common group}, in an order that seed gives."""
-    counts, pools = imagefolder.group_counts(train), {}
-    for y in {row["y"] for row in train}:
-        group = imagefolder.group_name(y, imagefolder.correlated_attribute(counts, y))
-        mine = [row for row in train if imagefolder.group_of(row) == group]
-        rng = torch.Generator().manual_seed(stage.seed_of(seed, group))
-        pools[y] = [mine[i] for i in torch.randperm(len(mine), generator=rng).tolist()]
-    return pools
+def add_sources(draws, rows, titles, args):
+    """Gives each draw the real images that --edit edits: of its class's most common group.
+
+    The seed gives their order; the draws of a class edit different ones, while there are any.
+    """
+    train = [row for row in rows if row["split"] == "train"]
+    counts, wanted = imagefolder.group_counts(train), math.ceil(args.images / args.keep)
+    pools, taken, notes = {}, {}, {}
+    for draw in draws:
+        y, _ = imagefolder.labels_of(draw.group)
+        if y not in pools:
+            group = imagefolder.group_name(y, imagefolder.correlated_attribute(counts, y))
+            mine = [row for row in train if imagefolder.group_of(row) == group]
+            if not mine:
+                raise InputError("--edit", f"there are no training images of class {y}", "add some")
+            rng = torch.Generator().manual_seed(stage.seed_of(args.seed, group))
+            pools[y] = [mine[i] for i in torch.randperm(len(mine), generator=rng).tolist()]
+        draw.pool, draw.first = pools[y], taken.get(y, 0)
+        taken[y] = draw.first + math.ceil(draw.share / args.keep)
+        if len(draw.pool) < wanted:
+            notes[draw.group] = (f"{titles[draw.group]}: {wanted} images from {len(draw.pool)} "
+                                 "real ones, with repetitions")
+    if compute.FIRST and notes:
+        print(*notes.values(), sep="\n")
 
 
 def share_out(images, sizes):
@@ -267,7 +271,10 @@ def main(argv=None):
     merged = files.read_json(args.models / "config.json").get("merged", []) if args.models else []
     rows = imagefolder.with_merged(imagefolder.read_metadata(args.data), merged)
     prompts = imagefolder.group_prompts(rows)
-    draws = draws_of(rows, prompts, imagefolder.group_titles(rows), args)
+    titles = imagefolder.group_titles(rows)
+    draws = draws_of(rows, prompts, titles, args)
+    if args.edit:
+        add_sources(draws, rows, titles, args)
     made_by = add_keys(draws, rows, prompts, args)
     todo = [draw for draw in draws if not is_filled(draw, args)]
     if todo:
@@ -367,10 +374,10 @@ def draw_all(draws, wanted, rows, args):
     accelerator = compute.accelerator(args.device, args.precision)
     bf16 = accelerator.mixed_precision == "bf16"
     family = families.load(args.base, torch.bfloat16 if bf16 else torch.float32)
-    family.pipe.to(accelerator.device)
-    sampler = weights.Sampler(family)
     if args.edit and not isinstance(family.schedule, families.Diffusion):
         raise InputError("--edit", "is for Stable Diffusion 1.x, 2.x and XL", "leave it out")
+    family.pipe.to(accelerator.device)
+    sampler = weights.Sampler(family)
     wanted_prompts = [(draw.prompt, draw.negative, draw.guidance > 1) for draw in draws]
     wanted_prompts += [(draw.pool_prompt, "", False) for draw in draws if args.edit]
     sampler.encode(wanted_prompts)
