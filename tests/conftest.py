@@ -1,4 +1,5 @@
-"""What the tests share: a tiny base model, a tiny dataset, and running a script or make as a user does."""
+"""What the tests share: a tiny base model, a tiny dataset,
+and running a script or make as a user does."""
 
 import contextlib
 import importlib
@@ -17,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from common import files, stage  # noqa: E402
 
-# A shell lets what it starts in the background ignore Ctrl-C, and so would all that the tests start.
+# A shell lets what it starts in the background ignore Ctrl-C,
+# and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG = "TORTURE" in os.environ  # make torture; make test runs a short version of it
@@ -26,7 +28,8 @@ BIASED = {(0, 0): 24, (0, 1): 3, (1, 0): 3, (1, 1): 24}  # training images per g
 
 
 def run(script, *args, fails=None):
-    """Runs ROOT/script in this process (starting Python and importing torch takes seconds); returns its stdout.
+    """Runs ROOT/script in this process (starting Python and importing torch takes seconds);
+    returns its stdout.
 
     With `fails`, expects exit status 2 and one line on stderr that contains it; returns that line.
     """
@@ -45,25 +48,30 @@ def run(script, *args, fails=None):
         return out.getvalue()
     assert status == 2, (status, errors.getvalue()[-3000:])
     line = errors.getvalue().strip().splitlines()[-1]
-    assert line.startswith(f"{Path(script).name}: error: ") and fails in line, errors.getvalue()[-3000:]
+    assert line.startswith(f"{Path(script).name}: error: ") and fails in line, (
+        errors.getvalue()[-3000:])
     return line
 
 
 def start(script, *args, **options):
     """Starts ROOT/script as a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True, **options)
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], text=True,
+                            **options)
 
 
 def together(processes, script, *args):
     """Runs ROOT/script in several processes that share its work, as accelerate launch does."""
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+              "--nproc_per_node", str(processes))
+    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
-    """A folder in the one format: class = shape (bar or box), attribute = background (red or green)."""
+    """A folder in the one format: class = shape (bar or box),
+    attribute = background (red or green)."""
     import random
 
     from PIL import Image, ImageDraw
@@ -75,10 +83,12 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
             for i in range(count):
                 image = Image.new("RGB", (32, 32), ((200, 50, 45), (50, 160, 65))[a])
                 left, top = draws.randrange(4, 12), draws.randrange(4, 8)
-                ImageDraw.Draw(image).rectangle((left, top, left + (3 if y else 14), top + 18), fill="white")
+                ImageDraw.Draw(image).rectangle(
+                    (left, top, left + (3 if y else 14), top + 18), fill="white")
                 name = f"images/{split}-{y}-{a}-{i}.png"
                 image.save(out / name)
-                text = f"a photo of an {('even', 'odd')[y]} digit on a {('red', 'green')[a]} background"
+                text = (f"a photo of an {('even', 'odd')[y]} digit "
+                        f"on a {('red', 'green')[a]} background")
                 rows.append({"file_name": name, "split": split, "y": y, "a": a, "text": text})
     files.write_csv(out / "metadata.csv", rows)
     return out
@@ -86,8 +96,9 @@ def make_dataset(out, counts=BIASED, splits=("train", "val", "test")):
 
 def new_house(path):
     """A copy of the repository as one clones it, with what is installed."""
-    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*", "printed-*",
-                                                              "__pycache__", ".decoded"))
+    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(
+        ".git*", ".venv", ".*cache", ".*.lock", "runs", "digits-*", "printed-*", "__pycache__",
+        ".decoded"))
     (path / ".venv").symlink_to(ROOT / ".venv")
     return path
 
@@ -98,8 +109,12 @@ def environment():
 
 
 def make(house, *args, fails=None):
-    """Runs make as a user does; returns its stdout. With `fails`, expects an error that contains it; returns stderr."""
-    done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True, env=environment())
+    """Runs make as a user does; returns its stdout.
+
+    With `fails`, expects an error that contains it; returns stderr.
+    """
+    done = subprocess.run(["make", *args], cwd=house, capture_output=True, text=True,
+                          env=environment())
     if fails is None:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -109,8 +124,10 @@ def make(house, *args, fails=None):
 
 def files_of(path, but=("config.json",)):
     """{relative path: bytes} of a folder's files, except those that record how they were made."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(Path(path).rglob("*")) if file.is_file()
-            and file.name not in but and not file.name.endswith((".lock", ".log")) and ".decoded" not in file.parts}
+    return {str(file.relative_to(path)): file.read_bytes()
+            for file in sorted(Path(path).rglob("*"))
+            if file.is_file() and file.name not in but
+            and not file.name.endswith((".lock", ".log")) and ".decoded" not in file.parts}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,6 +160,6 @@ def embeddings(base, dataset, tmp_path_factory):
 def vanilla(base, dataset, tmp_path_factory):
     """A synthetic set of the base model, 5 images per group, unfiltered."""
     out = tmp_path_factory.mktemp("synthetic") / "vanilla"
-    run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset, "--images", 5, "--batch", 4,
-        "--steps", 2, "--keep", 1, "--alpha", 1, "--out", out)
+    run("generate.py", "--base", base, "--clip", base / "clip", "--data", dataset,
+        "--images", 5, "--batch", 4, "--steps", 2, "--keep", 1, "--alpha", 1, "--out", out)
     return out

@@ -38,7 +38,8 @@ def test_a_row_is_measured_and_one_without_its_peer_is_skipped_and_earlier_rows_
     assert float(row["ratio"]) == pytest.approx(peer / seconds, rel=0.02)
     assert 200 < int(row["peak_mb"]) < 4000 and 200 < int(row["peer_peak_mb"]) < 4000
     assert f"| {row['seconds']} | {row['peer_seconds']} |" in (out / "bench.md").read_text()
-    assert {path.name for path in out.iterdir()} == {".stage", "bench.csv", "bench.md", "config.json"}
+    assert {path.name for path in out.iterdir()} == {
+        ".stage", "bench.csv", "bench.md", "config.json"}
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_each_turn():

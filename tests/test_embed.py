@@ -18,18 +18,23 @@ def load(folder):
         return dict(zip(file["file_name"].tolist(), file["embedding"], strict=True))
 
 
-def test_every_image_of_every_split_has_clips_embedding_under_its_file_name(base, dataset, embeddings):
+def test_every_image_of_every_split_has_clips_embedding_under_its_file_name(
+        base, dataset, embeddings):
     found, rows = load(embeddings), imagefolder.read_metadata(dataset)
-    assert list(found) == [row["file_name"] for row in rows] and {row["split"] for row in rows} == {"train", "val", "test"}
-    clip, processor = CLIPModel.from_pretrained(base / "clip"), CLIPProcessor.from_pretrained(base / "clip")
+    assert (list(found) == [row["file_name"] for row in rows]
+            and {row["split"] for row in rows} == {"train", "val", "test"})
+    clip, processor = (CLIPModel.from_pretrained(base / "clip"),
+                       CLIPProcessor.from_pretrained(base / "clip"))
     for row in rows[::20]:
-        pixels = processor(images=Image.open(dataset / row["file_name"]), return_tensors="pt")["pixel_values"]
+        pixels = processor(images=Image.open(dataset / row["file_name"]),
+                           return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             expected = clip.visual_projection(clip.vision_model(pixels).pooler_output)[0]
         assert np.allclose(found[row["file_name"]], expected / expected.norm(), atol=1e-5)
 
 
-def test_a_second_run_is_up_to_date_and_an_edited_image_or_another_clip_embeds_again(base, dataset, embeddings, tmp_path):
+def test_a_second_run_is_up_to_date_and_an_edited_image_or_another_clip_embeds_again(
+        base, dataset, embeddings, tmp_path):
     data = shutil.copytree(dataset, tmp_path / "data")
     args = ("data/embed.py", "--data", data, "--out", tmp_path / "e", "--clip")
     run(*args, base / "clip")
@@ -39,9 +44,11 @@ def test_a_second_run_is_up_to_date_and_an_edited_image_or_another_clip_embeds_a
     edited.write_bytes((data / "images" / "train-1-1-0.png").read_bytes())
     assert "up to date" not in run(*args, base / "clip")
     before, after = load(embeddings), load(tmp_path / "e")
-    assert [name for name in after if not np.array_equal(before[name], after[name])] == ["images/train-0-0-0.png"]
+    assert [name for name in after if not np.array_equal(before[name], after[name])] == [
+        "images/train-0-0-0.png"]
     assert "up to date" not in run(*args, other_clip(base, tmp_path / "clip"))
-    assert not np.allclose(after["images/train-0-0-0.png"], load(tmp_path / "e")["images/train-0-0-0.png"], atol=1e-2)
+    assert not np.allclose(after["images/train-0-0-0.png"],
+                           load(tmp_path / "e")["images/train-0-0-0.png"], atol=1e-2)
 
 
 def other_clip(base, path):
@@ -57,7 +64,8 @@ def test_other_captions_embed_nothing_again(base, dataset, tmp_path):
     data = shutil.copytree(dataset, tmp_path / "data")
     args = ("data/embed.py", "--data", data, "--clip", base / "clip", "--out", tmp_path / "e")
     run(*args)
-    files.write_csv(data / "metadata.csv", [dict(row, text="hi") for row in imagefolder.read_metadata(data)])
+    files.write_csv(data / "metadata.csv",
+                    [dict(row, text="hi") for row in imagefolder.read_metadata(data)])
     assert "up to date" in run(*args)
 
 
@@ -65,24 +73,29 @@ def test_dinov2_can_replace_clip_for_clustering_and_is_refused_by_what_compares_
         base, dataset, vanilla, tmp_path):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                          image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     BitImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path / "dino")
-    run("data/embed.py", "--data", dataset, "--clip", base / "clip", "--encoder", tmp_path / "dino", "--out", tmp_path / "e")
+    run("data/embed.py", "--data", dataset, "--clip", base / "clip",
+        "--encoder", tmp_path / "dino", "--out", tmp_path / "e")
     assert load(tmp_path / "e")["images/test-0-0-0.png"].shape == (24,)
     read = readers(base, dataset, vanilla, tmp_path / "e", tmp_path)
     run(*read["cluster"], "--k", 2, "--min-size", 4)
     assert {row["cluster"] for row in imagefolder.read_metadata(tmp_path / "cluster")} == {"0", "1"}
     for name in ("generate", "images"):
-        run(*read[name], fails="embeddings.npz: holds embeddings of 24 numbers, those of CLIP have 64 (run data/embed.py")
+        run(*read[name], fails="embeddings.npz: holds embeddings of 24 numbers, "
+                               "those of CLIP have 64 (run data/embed.py")
 
 
 def readers(base, dataset, vanilla, embeddings, out):
     """{stage that reads embeddings: its command}."""
     args = ("--data", dataset, "--embeddings", embeddings, "--out")
     return {"cluster": ("cluster.py", *args, out / "cluster"),
-            "generate": ("generate.py", "--base", base, "--clip", base / "clip", *args, out / "generate", "--images", 1),
-            "images": ("evaluation/images.py", "--clip", base / "clip", "--synthetic", vanilla, *args, out / "images")}
+            "generate": ("generate.py", "--base", base, "--clip", base / "clip", *args,
+                         out / "generate", "--images", 1),
+            "images": ("evaluation/images.py", "--clip", base / "clip", "--synthetic", vanilla,
+                       *args, out / "images")}
 
 
 def saved(**arrays):
@@ -122,14 +135,17 @@ def test_embeddings_of_other_images_are_a_one_line_error_in_each_stage_that_read
     found = load(embeddings)
     del found["images/train-1-1-3.png"], found["images/val-0-0-0.png"]
     (tmp_path / "e").mkdir()
-    saved(file_name=np.array(list(found)), embedding=np.array(list(found.values())))(tmp_path / "e" / "embeddings.npz")
+    saved(file_name=np.array(list(found)), embedding=np.array(list(found.values())))(
+        tmp_path / "e" / "embeddings.npz")
     for name, command in readers(base, dataset, vanilla, tmp_path / "e", tmp_path).items():
-        run(*command, fails="embeddings.npz: does not contain 1 of 54 images, the first is images/train-1-1-3.png (run data")
+        run(*command, fails="embeddings.npz: does not contain 1 of 54 images, "
+                            "the first is images/train-1-1-3.png (run data")
         assert not (tmp_path / name).exists()
 
 
 def test_an_invalid_clip_is_a_one_line_error(dataset, tmp_path):
-    run("data/embed.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "e", fails="cannot be loaded")
+    run("data/embed.py", "--data", dataset, "--clip", tmp_path, "--out", tmp_path / "e",
+        fails="cannot be loaded")
     assert not (tmp_path / "e").exists()
 
 

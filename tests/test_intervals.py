@@ -1,7 +1,8 @@
 """evaluation/intervals.py: intervals that contain the truth as often as they say.
 
-Simulated classifiers: half of the variance of a seed's effect on a group's accuracy is common to its groups; six in ten
-images are classified alike by equally accurate seeds, as in the miniature benchmark.
+Simulated classifiers: half of the variance of a seed's effect on a group's accuracy is common to
+its groups; six in ten images are classified alike by equally accurate seeds, as in the miniature
+benchmark.
 """
 
 import numpy as np
@@ -38,7 +39,8 @@ def simulated(rng, recipes, seeds, std, images):
 
 
 def rates(accuracies, seeds, std, images, draws):
-    """Coverage of a recipe's interval, and how often two recipes that are the same are called different."""
+    """Coverage of a recipe's interval, and how often two recipes that are the same are called
+    different."""
     rng, true, covered, alarms = np.random.default_rng(0), truth(accuracies, std), 0, 0
     for _ in range(draws):
         one, other = simulated(rng, (accuracies, accuracies), seeds, std, images)
@@ -64,14 +66,16 @@ def test_an_interval_contains_the_truth_and_equal_recipes_are_rarely_called_diff
 def test_intervals_keep_their_word_however_many_seeds_and_images_and_however_close_the_groups():
     found = np.array([rates(*setting, draws=500) for setting in SETTINGS])
     for setting, (covered, alarms) in zip(SETTINGS, found):
-        assert covered >= 0.94 - tolerance(0.94, 500) and alarms <= 0.06 + tolerance(0.06, 500), setting
+        assert (covered >= 0.94 - tolerance(0.94, 500)
+                and alarms <= 0.06 + tolerance(0.06, 500)), setting
     assert found.mean(0)[0] >= 0.95 and found.mean(0)[1] <= 0.05
 
 
 @slow
 @pytest.mark.parametrize("seeds", [3, 10])
 def test_a_recipe_with_equal_groups_is_not_called_worse_than_one_with_a_single_bad_group(seeds):
-    """Both have the same true worst-group accuracy, but the least of four noisy numbers is lower than that of one."""
+    """Both have the same true worst-group accuracy, but the least of four noisy numbers is lower
+    than that of one."""
     equal = np.array(EQUAL) + truth(ONE, 0.02) - truth(EQUAL, 0.02)
     rng, alarms = np.random.default_rng(0), 0
     for _ in range(500):
@@ -82,11 +86,13 @@ def test_a_recipe_with_equal_groups_is_not_called_worse_than_one_with_a_single_b
 
 def test_the_interval_of_one_seed_in_one_group_is_that_of_a_share():
     correct = np.array([[True] * 700 + [False] * 300])
-    assert interval(worst_group(correct, np.zeros(1000, int), ["0"])) == pytest.approx((0.6716, 0.7284), abs=0.0005)
+    assert interval(worst_group(correct, np.zeros(1000, int), ["0"])) == pytest.approx(
+        (0.6716, 0.7284), abs=0.0005)
 
 
 def test_a_spread_of_three_seeds_is_taken_with_the_t_quantile_of_two_degrees_of_freedom():
-    """Every image is classified alike but for the seeds' means, so that images that seeds share add almost nothing."""
+    """Every image is classified alike but for the seeds' means, so that images that seeds share
+    add almost nothing."""
     rng = np.random.default_rng(0)
     correct = rng.random((3, 100_000)) < np.array([[0.4], [0.5], [0.6]])
     low, high = interval(worst_group(correct, np.zeros(100_000, int), ["0", "1", "2"]))
@@ -111,6 +117,8 @@ def test_groups_of_few_images_that_are_all_classified_alike_are_not_certain(righ
 
 def test_a_group_of_one_image_and_recipes_with_different_numbers_of_seeds_are_compared():
     rng, groups = np.random.default_rng(0), np.repeat((0, 1), (50, 1))
-    one, three = (worst_group(rng.random((seeds, 51)) < 0.8, groups, [""] * seeds) for seeds in (1, 3))
+    one, three = (worst_group(rng.random((seeds, 51)) < 0.8, groups, [""] * seeds)
+                  for seeds in (1, 3))
     assert -1 <= interval(one, three)[0] <= 0 <= interval(one, three)[1] <= 1
-    assert interval(three, one) == pytest.approx([-limit for limit in reversed(interval(one, three))])
+    assert interval(three, one) == pytest.approx(
+        [-limit for limit in reversed(interval(one, three))])

@@ -1,4 +1,5 @@
-"""Whatever happens to a run, the same command resumes and ends with the same bytes: kills, Ctrl-C, full disks; and 100,000 images.
+"""Whatever happens to a run, the same command resumes and ends with the same bytes:
+kills, Ctrl-C, full disks; and 100,000 images.
 
 `make torture` does it at length, `make test` in short.
 """
@@ -23,23 +24,27 @@ from PIL import Image
 from common import files, imagefolder
 
 KILLS, INTERRUPTS, IMAGES = (50, 10, 100_000) if LONG else (1, 1, 0)
-SMALL = (f"RECIPES=erm lora{' vanilla clustered' * LONG}", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2", "K=2", "CLUSTERED=",
-         "LORA=--steps 4 --batch 2 --checkpoint-every 1", "DREAMBOOTH=--steps 3 --batch 1 --checkpoint-every 1",
-         "GENERATE=--steps 2 --batch 2")
+SMALL = (f"RECIPES=erm lora{' vanilla clustered' * LONG}", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2",
+         "K=2", "CLUSTERED=", "LORA=--steps 4 --batch 2 --checkpoint-every 1",
+         "DREAMBOOTH=--steps 3 --batch 1 --checkpoint-every 1", "GENERATE=--steps 2 --batch 2")
 # the longest wait from a script's start to its death, in seconds
-SCRIPTS = {"data/prepare.py": 3, "data/embed.py": 6, "cluster.py": 6, "generate.py": 8, "finetune.py": 8,
-           "train_classifier.py": 6, "evaluation/images.py": 6, "evaluate.py": 2, "evaluation/report.py": 0.3}
+SCRIPTS = {"data/prepare.py": 3, "data/embed.py": 6, "cluster.py": 6, "generate.py": 8,
+           "finetune.py": 8, "train_classifier.py": 6, "evaluation/images.py": 6,
+           "evaluate.py": 2, "evaluation/report.py": 0.3}
 SECONDS = ("config.json", "cost.csv", "images.md", "report.html")  # what tells how long things took
-PYTHON_STARTS = 0.5  # seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
+# seconds in which a Ctrl-C may meet Python itself, which says so with a traceback
+PYTHON_STARTS = 0.5
 
 
 def start(house, jobs, log):
     """make in a process group of its own, as a terminal starts it.
 
-    In a make below another one digits.mk leaves the output as it comes: the log tells what runs now.
+    In a make below another one digits.mk leaves the output as it comes: the log tells what runs
+    now.
     """
-    return subprocess.Popen(["make", f"-j{jobs}", "--no-print-directory", *SMALL], cwd=house, stdout=log,
-                            stderr=subprocess.STDOUT, start_new_session=True, env=environment() | {"MAKELEVEL": "1"})
+    return subprocess.Popen(
+        ["make", f"-j{jobs}", "--no-print-directory", *SMALL], cwd=house, stdout=log,
+        stderr=subprocess.STDOUT, start_new_session=True, env=environment() | {"MAKELEVEL": "1"})
 
 
 def made(house):
@@ -77,7 +82,9 @@ def same(house, undisturbed):
 
 
 def aimed(house, jobs, script, delay, sent):
-    """Starts make, sends a signal to all of it `delay` seconds after `script` began; (status, its output, hit)."""
+    """Starts make, sends a signal to all of it `delay` seconds after `script` began;
+    (status, its output, hit).
+    """
     path = house.parent / "log"
     with open(path, "w") as log:
         process = start(house, jobs, log)
@@ -103,7 +110,8 @@ def random_draws():
 
 def at_work(output):
     """The script that began last."""
-    return [word for line in output.splitlines() if " --out " in line for word in line.split() if word in SCRIPTS][-1]
+    return [word for line in output.splitlines() if " --out " in line
+            for word in line.split() if word in SCRIPTS][-1]
 
 
 @slow
@@ -118,7 +126,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(house, undisturbed, cap
                 wipe(house)
         jobs = 1 if laps % 2 else 4
         for script in SCRIPTS if LONG else targets:
-            status, output, hit = aimed(house, jobs, script, draws.uniform(0, SCRIPTS[script]), signal.SIGKILL)
+            status, output, hit = aimed(house, jobs, script, draws.uniform(0, SCRIPTS[script]),
+                                        signal.SIGKILL)
             if hit is not False:
                 kills[at_work(output)] += 1
             else:
@@ -128,15 +137,18 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(house, undisturbed, cap
         same(house, undisturbed)
         laps += 1
     with capsys.disabled():
-        print(f"\nkills: {kills.total()} in {laps} runs, -j4 and -j1 in turn, {time.monotonic() - start_of_all:.0f} s:",
+        print(f"\nkills: {kills.total()} in {laps} runs, -j4 and -j1 in turn, "
+              f"{time.monotonic() - start_of_all:.0f} s:",
               ", ".join(f"{script} {count}" for script, count in kills.items()))
     assert not LONG or set(kills) >= set(SCRIPTS) - {"evaluation/report.py", "data/prepare.py"}
 
 
 @slow
-def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_resume(house, undisturbed, capsys):
+def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_resume(
+        house, undisturbed, capsys):
     draws, interrupts, slowest = random_draws(), 0, 0
-    targets = itertools.cycle(["cluster.py", "generate.py", "finetune.py", "train_classifier.py", "evaluation/images.py"])
+    targets = itertools.cycle(["cluster.py", "generate.py", "finetune.py", "train_classifier.py",
+                               "evaluation/images.py"])
     shutil.rmtree(house / "runs")
     while interrupts < INTERRUPTS:
         script = next(targets)
@@ -149,7 +161,8 @@ def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_resume(h
         interrupts, slowest = interrupts + 1, max(slowest, seconds)
         assert seconds < 10 and status != 0
         assert "Traceback" not in output, output[-3000:]
-        done = output.rstrip().endswith("Interrupt")  # says make, where the script had done its work and was ending
+        # says make, where the script had done its work and was ending
+        done = output.rstrip().endswith("Interrupt")
         assert "interrupted (rerun the same command to resume)" in output or done, output[-3000:]
     with open(house.parent / "log", "w") as log:
         assert start(house, 2, log).wait() == 0
@@ -158,7 +171,7 @@ def test_ctrl_c_ends_within_seconds_without_a_traceback_and_says_how_to_resume(h
         print(f"\nCtrl-C: {interrupts} times, the slowest end took {slowest:.2f} s")
 
 
-# ---------------------------------------------------------------------------------------------- a full disk
+# ------------------------------------------------------------------------------------- a full disk
 
 
 @pytest.fixture
@@ -169,7 +182,8 @@ def disk(tmp_path):
     def mount(kilobytes):
         options = ["-o", f"size={kilobytes}k", "tmpfs", str(place)]
         if place.exists():
-            return subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(place)], check=True)
+            return subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(place)],
+                                  check=True)
         place.mkdir()
         if subprocess.run(["mount", "-t", "tmpfs", *options], capture_output=True).returncode:
             pytest.skip("only root may mount a disk that is small enough to be full")
@@ -183,23 +197,31 @@ FILLERS = {
     "prepare": "data/prepare.py digits --bias 0.9 --out {out}",
     "embed": "data/embed.py --data {data} --clip {base}/clip --out {out}",
     "cluster": "cluster.py --data {data} --embeddings {embeddings} --k 2 --min-size 2 --out {out}",
-    "lora": "finetune.py --method lora --base {base} --data {data} --steps 2 --checkpoint-every 1 --out {out}",
-    "dreambooth": "finetune.py --method dreambooth --base {base} --data {data} --steps 2 --batch 1 --out {out}",
-    "generate": "generate.py --base {base} --clip {base}/clip --data {data} --embeddings {embeddings} --images 6 --steps 2 "
-                "--batch 2 --out {out}",
-    "classifier": "train_classifier.py --recipe erm --data {data} --epochs 1 --seeds 0 1 --out {out}",
-    "images": "evaluation/images.py --data {data} --embeddings {embeddings} --synthetic {vanilla} --clip {base}/clip --out {out}",
-    "pretrain": "base/pretrain.py --data {data} --captions text --vae-steps 1 --clip-steps 1 --unet-steps 1 --samples 1 --out {out}",
+    "lora": "finetune.py --method lora --base {base} --data {data} --steps 2 --checkpoint-every 1 "
+            "--out {out}",
+    "dreambooth": "finetune.py --method dreambooth --base {base} --data {data} --steps 2 "
+                  "--batch 1 --out {out}",
+    "generate": "generate.py --base {base} --clip {base}/clip --data {data} "
+                "--embeddings {embeddings} --images 6 --steps 2 --batch 2 --out {out}",
+    "classifier": "train_classifier.py --recipe erm --data {data} --epochs 1 --seeds 0 1 "
+                  "--out {out}",
+    "images": "evaluation/images.py --data {data} --embeddings {embeddings} "
+              "--synthetic {vanilla} --clip {base}/clip --out {out}",
+    "pretrain": "base/pretrain.py --data {data} --captions text --vae-steps 1 --clip-steps 1 "
+                "--unet-steps 1 --samples 1 --out {out}",
 }
 
 
 @pytest.mark.parametrize("stage", FILLERS if LONG else ("lora", "generate"))
-def test_a_full_disk_is_one_line_and_the_same_command_resumes(stage, base, dataset, embeddings, vanilla, disk, tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(
+        stage, base, dataset, embeddings, vanilla, disk, tmp_path):
     def args(out):
-        return FILLERS[stage].format(base=base, data=dataset, embeddings=embeddings, vanilla=vanilla, out=out).split()
+        return FILLERS[stage].format(base=base, data=dataset, embeddings=embeddings,
+                                     vanilla=vanilla, out=out).split()
 
     run(*args(tmp_path / "roomy"))
-    size = sum(4096 * (1 + len(content) // 4096) for content in files_of(tmp_path / "roomy", but=()).values())
+    size = sum(4096 * (1 + len(content) // 4096)
+               for content in files_of(tmp_path / "roomy", but=()).values())
     place = disk(size // 2 // 1024)
     run(*args(place / "out"), fails="o space left on device")
     assert not (place / "out" / "config.json").exists()
@@ -209,18 +231,21 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(stage, base, datas
     assert [path.name for path in place.glob("[!.]*")] == ["out"], "something was left behind"
 
 
-# ---------------------------------------------------------------------------------------------------- soak
+# -------------------------------------------------------------------------------------------- soak
 
 
 def measured(*args):
-    """Runs a script; (seconds, peak of its own memory in MB: without files that are mapped, which the kernel may drop)."""
+    """Runs a script; (seconds, peak of its own memory in MB: without files that are mapped,
+    which the kernel may drop).
+    """
     begun, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, *map(str, (ROOT / args[0], *args[1:]))], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *map(str, (ROOT / args[0], *args[1:]))],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(OSError, StopIteration):
             status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            peak = max(peak, int(next(line for line in status if line.startswith("RssAnon")).split()[1]))
+            peak = max(peak, int(next(line for line in status
+                                      if line.startswith("RssAnon")).split()[1]))
         time.sleep(0.05)
     assert process.returncode == 0, args
     return time.monotonic() - begun, peak / 1024
@@ -239,14 +264,16 @@ def soak(count, base, place):
         rows.append({"file_name": f"{i}.png", "y": y, "a": int(y ^ a)})
     files.write_csv(download / "metadata.csv", rows)
     data, out = place / "data", place / "run"
-    spent["prepare"] = measured("data/prepare.py", "folder", "--root", download, "--classes", "even", "odd",
-                                "--attributes", "red", "green", "--out", data)
-    spent["embed"] = measured("data/embed.py", "--data", data, "--clip", base / "clip", "--batch", 512, "--out",
-                              out / "embeddings")
-    spent["cluster"] = measured("cluster.py", "--data", data, "--embeddings", out / "embeddings", "--k", 2, "--out",
-                                out / "clusters")
-    drawing = ("generate.py", "--base", base, "--clip", base / "clip", "--data", data, "--embeddings", out / "embeddings",
-               "--steps", 1, "--batch", 1, "--out", out / "synthetic", "--images")
+    spent["prepare"] = measured(
+        "data/prepare.py", "folder", "--root", download, "--classes", "even", "odd",
+        "--attributes", "red", "green", "--out", data)
+    spent["embed"] = measured("data/embed.py", "--data", data, "--clip", base / "clip",
+                              "--batch", 512, "--out", out / "embeddings")
+    spent["cluster"] = measured("cluster.py", "--data", data, "--embeddings", out / "embeddings",
+                                "--k", 2, "--out", out / "clusters")
+    drawing = ("generate.py", "--base", base, "--clip", base / "clip", "--data", data,
+               "--embeddings", out / "embeddings", "--steps", 1, "--batch", 1,
+               "--out", out / "synthetic", "--images")
     measured(*drawing, 1)
     for unit in out.glob("synthetic/y*/"):  # as if all of them had been drawn
         with open(unit / "candidates.csv") as file:
@@ -254,18 +281,24 @@ def soak(count, base, place):
         drawn = -(-count // 3)  # of which 75 % are kept
         for i in range(2, drawn):
             os.link(unit / "00000.png", unit / f"{i:05}.png")
-        files.write_csv(unit / "candidates.csv", [dict(row, index=i, clip_score=i % 1000 / 1000) for i in range(drawn)])
+        files.write_csv(unit / "candidates.csv", [
+            dict(row, index=i, clip_score=i % 1000 / 1000) for i in range(drawn)])
         config = files.read_json(unit / "config.json")
         names = sorted(path.name for path in unit.iterdir() if path.name != "config.json")
         files.write_json(unit / "config.json", config | {"files": files.file_digests(unit, names)})
     spent["generate"] = measured(*drawing, count // 4)
     assert len(imagefolder.read_metadata(out / "synthetic")) == count // 4 * 4
-    spent["classifier"] = measured("train_classifier.py", "--recipe", "filled", "--data", data, "--synthetic",
-                                   out / "synthetic", "--epochs", 1, "--batch", 512, "--seeds", 0, "--out", out / "c")
-    spent["at 224"] = measured("train_classifier.py", "--recipe", "erm", "--data", data, "--epochs", 1, "--batch", 128,
-                               "--load-size", 224, "--resolution", 64, "--seeds", 0, "--out", out / "large")
-    spent["images"] = measured("evaluation/images.py", "--data", data, "--embeddings", out / "embeddings", "--synthetic",
-                               out / "synthetic", "--clip", base / "clip", "--batch", 512, "--out", out / "images")
+    spent["classifier"] = measured(
+        "train_classifier.py", "--recipe", "filled", "--data", data,
+        "--synthetic", out / "synthetic", "--epochs", 1, "--batch", 512, "--seeds", 0,
+        "--out", out / "c")
+    spent["at 224"] = measured(
+        "train_classifier.py", "--recipe", "erm", "--data", data, "--epochs", 1, "--batch", 128,
+        "--load-size", 224, "--resolution", 64, "--seeds", 0, "--out", out / "large")
+    spent["images"] = measured(
+        "evaluation/images.py", "--data", data, "--embeddings", out / "embeddings",
+        "--synthetic", out / "synthetic", "--clip", base / "clip", "--batch", 512,
+        "--out", out / "images")
     return spent
 
 
@@ -279,4 +312,5 @@ def test_time_is_linear_and_memory_bounded_in_the_number_of_images(base, tmp_pat
                 stage, many[stage][0], few[stage][0], many[stage][1], few[stage][1]))
     for stage in many:
         assert many[stage][0] < 6 * max(few[stage][0], 2), f"{stage}: more than linear"
-        assert many[stage][1] < few[stage][1] + 200 + IMAGES * 0.01, f"{stage}: more than 10 kB an image"
+        assert many[stage][1] < few[stage][1] + 200 + IMAGES * 0.01, (
+            f"{stage}: more than 10 kB an image")

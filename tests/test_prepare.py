@@ -33,11 +33,13 @@ def test_an_image_is_the_scan_of_mnist_in_white_ink_on_its_background(digits):
         index = int(row["file_name"].split("/")[1].removesuffix(".png"))
         ink = np.zeros((32, 32))
         ink[2:30, 2:30] = scans[index].reshape(28, 28) / 255
-        assert np.abs(image - (ink[..., None] * 245 + (1 - ink[..., None]) * image[0, 0])).max() <= 1.5
+        assert np.abs(image - (ink[..., None] * 245
+                               + (1 - ink[..., None]) * image[0, 0])).max() <= 1.5
 
 
 def test_train_is_biased_as_asked_and_val_and_test_are_balanced(digits):
-    counts = {split: imagefolder.group_counts(imagefolder.read_metadata(digits, split)) for split in imagefolder.SPLITS}
+    counts = {split: imagefolder.group_counts(imagefolder.read_metadata(digits, split))
+              for split in imagefolder.SPLITS}
     for y in (0, 1):
         agreeing, other = counts["train"][f"y{y}-a{y}"], counts["train"][f"y{y}-a{1 - y}"]
         assert abs(agreeing / (agreeing + other) - 0.95) < 0.5 / (agreeing + other) + 1e-9
@@ -49,7 +51,8 @@ def test_the_attribute_is_the_colour_of_the_background_and_the_text_names_both(d
     for row in imagefolder.read_metadata(digits)[::50]:
         red, green, _ = np.asarray(Image.open(digits / row["file_name"]), int)[0, 0]
         assert (red > green) == (row["a"] == 0)
-        assert ("even", "odd")[row["y"]] in row["text"] and ("red", "green")[row["a"]] in row["text"]
+        assert (("even", "odd")[row["y"]] in row["text"]
+                and ("red", "green")[row["a"]] in row["text"])
         assert row["text"] == f"{row['class_text']} on a {('red', 'green')[row['a']]} background"
 
 
@@ -60,17 +63,21 @@ def test_the_same_bias_gives_the_same_bytes(digits, tmp_path):
 
 def test_another_bias_has_the_same_images_in_the_same_splits(digits, tmp_path):
     run("data/prepare.py", "digits", "--bias", 1, "--out", tmp_path / "d")
-    splits = [{row["file_name"]: row["split"] for row in imagefolder.read_metadata(out)} for out in (digits, tmp_path / "d")]
+    splits = [{row["file_name"]: row["split"] for row in imagefolder.read_metadata(out)}
+              for out in (digits, tmp_path / "d")]
     assert splits[0] == splits[1]
-    assert set(imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "d", "train"))) == {"y0-a0", "y1-a1"}
+    assert set(imagefolder.group_counts(imagefolder.read_metadata(tmp_path / "d", "train"))) == {
+        "y0-a0", "y1-a1"}
 
 
 def test_a_bias_out_of_range_is_refused(tmp_path):
-    run("data/prepare.py", "digits", "--bias", 1.2, "--out", tmp_path / "d", fails="--bias: 1.2 is not between")
+    run("data/prepare.py", "digits", "--bias", 1.2, "--out", tmp_path / "d",
+        fails="--bias: 1.2 is not between")
 
 
 def test_each_split_is_an_imagefolder_of_its_own_as_load_dataset_expects(digits):
-    """Tried with datasets 5.2.0: load_dataset("imagefolder", data_dir=OUT) has splits of 1000, 600 and 3400 rows."""
+    """Tried with datasets 5.2.0: load_dataset("imagefolder", data_dir=OUT)
+    has splits of 1000, 600 and 3400 rows."""
     for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
         part = digits / "splits" / name
         assert imagefolder.read_metadata(part) == imagefolder.read_metadata(digits, split)

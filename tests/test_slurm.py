@@ -1,4 +1,7 @@
-"""The same targets on Slurm: a real one of two nodes, started on this machine. `make test-slurm` runs it."""
+"""The same targets on Slurm: a real one of two nodes, started on this machine.
+
+`make test-slurm` runs it.
+"""
 
 import os
 import shutil
@@ -10,9 +13,12 @@ import pytest
 from conftest import ROOT, environment, new_house
 from test_kills import made, wipe
 
-pytestmark = [pytest.mark.skipif("TEST_SLURM" not in os.environ, reason="takes minutes: make test-slurm"),
-              pytest.mark.skipif(not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"),
-                                 reason="Slurm is not installed: apt-get install slurmctld slurmd slurm-client munge")]
+pytestmark = [pytest.mark.skipif("TEST_SLURM" not in os.environ,
+                                 reason="takes minutes: make test-slurm"),
+              pytest.mark.skipif(not shutil.which("slurmctld",
+                                                  path=os.environ["PATH"] + ":/usr/sbin"),
+                                 reason="Slurm is not installed: "
+                                        "apt-get install slurmctld slurmd slurm-client munge")]
 SMALL = ("RECIPES=erm lora", "SEEDS=0 1", "IMAGES=6", "EPOCHS=2", "GENERATE=--steps 2 --batch 2",
          "LORA=--steps 20 --batch 2 --checkpoint-every 5")
 SLURM = ("-j2", "LAUNCH=srun -K -n2 -c1")  # a process on each node
@@ -48,7 +54,8 @@ def plain(house):
 
 def start(house, *args):
     log = open(house.parent / "log", "w")
-    return subprocess.Popen(["make", "--no-print-directory", *SMALL, *args], cwd=house, stdout=log, stderr=subprocess.STDOUT,
+    return subprocess.Popen(["make", "--no-print-directory", *SMALL, *args], cwd=house,
+                            stdout=log, stderr=subprocess.STDOUT,
                             env=environment() | {"MAKELEVEL": "1", "OMP_NUM_THREADS": "1"})
 
 
@@ -73,7 +80,8 @@ def test_two_processes_and_slurm_give_the_bytes_of_a_plain_make(house, plain, sl
 
 
 @pytest.mark.parametrize("script", ("finetune.py", "generate.py"))
-def test_when_a_node_dies_make_ends_and_the_next_one_gives_the_same_bytes(house, plain, slurm, script):
+def test_when_a_node_dies_make_ends_and_the_next_one_gives_the_same_bytes(
+        house, plain, slurm, script):
     wipe(house)
     process, log = start(house, *SLURM), house.parent / "log"
     while f"python {script}" not in log.read_text():
