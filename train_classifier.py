@@ -6,12 +6,12 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic
-images, then only the last layer on the real, biased ones (two-stage-whole: the whole network;
-synthetic: the first stage alone, for where the second one learns the bias again). ffr uses
-cross-entropy alone, then the whole network; mixed and filled train once, on real and synthetic
-images together. erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real
-images alone. Each keeps the epoch with the best worst-group accuracy on val; dfr and self refit the
-last layer on val. None uses test. OUT/config.json says which group labels a recipe uses.
+images, then only the last layer on the real, biased ones, unless no epoch of that is better on val
+(two-stage-whole: the whole network; synthetic: the first stage alone). ffr uses cross-entropy
+alone, then the whole network; mixed and filled train once, on real and synthetic images together.
+erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real images alone. Each
+keeps the epoch with the best worst-group accuracy on val; dfr and self refit the last layer on val.
+None uses test. OUT/config.json says which group labels a recipe uses.
 
 Without attribute labels, `--groups` takes the pseudo-groups of cluster.py --within dataset for
 groups, and `--val synthetic` the val images of SYNTHETIC for val. sage (Luo et al. 2026) trains on
@@ -22,6 +22,7 @@ predictions.csv of val and test (file_name, split, y, a, prediction, one probabi
 log.csv and config.json; last OUT/config.json.
 """
 
+import copy
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -155,8 +156,10 @@ def supervised_contrastive(features, y, temperature):
 def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
     """Trains the weights that the phase lets learn, and keeps those of the best epoch on val.
 
-    Returns the worst-group accuracy on val, and the class probabilities (N, C) on val after each
-    epoch. Raises FloatingPointError at the first epoch whose loss is not finite.
+    A last layer that no epoch makes better on val is kept as it comes: on real, biased images it
+    can learn the bias again. Returns the worst-group accuracy on val, and the class probabilities
+    (N, C) on val after each epoch. Raises FloatingPointError at the first epoch whose loss is not
+    finite.
     """
     device = next(model.parameters()).device
     frozen = phase.learns == "last layer"
@@ -173,7 +176,16 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
                                 weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     view = network.random_crops if args.augment == "crop-flip" else network.to_input
+
+    def on_val():
+        """Class probabilities (N, C), and the accuracy of each group."""
+        found = (model.last_layer(val_features).softmax(1).detach().cpu() if frozen
+                 else predict(model, val, args.resolution, autocast))
+        return found, imagefolder.group_accuracies(val.rows, found.argmax(1).tolist())
+
     loss_of, best, kept, history = getattr(losses, phase.loss), -1.0, None, []
+    if frozen:
+        best, kept = min(on_val()[1].values()), copy.deepcopy(model.state_dict())
     for epoch in range(epochs):
         model.train(not frozen)
         total = 0.0
@@ -202,16 +214,14 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
                                      f"{phase.images} images (learning rate {rate:g}, batch "
                                      f"{args.batch})")
         schedule.step()
-        history.append(model.last_layer(val_features).softmax(1).detach().cpu() if frozen
-                       else predict(model, val, args.resolution, autocast))
-        accuracies = imagefolder.group_accuracies(val.rows, history[-1].argmax(1).tolist())
+        probabilities, accuracies = on_val()
+        history.append(probabilities)
         worst = min(accuracies.values())
         log.append({"images": phase.images, "epoch": epoch, "loss": round(total, 6),
                     "val_worst_group": round(worst, 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
         if phase.keeps != "best epoch" or worst > best:
-            best = worst
-            kept = {name: value.clone() for name, value in model.state_dict().items()}
+            best, kept = worst, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)
     return best, history
 

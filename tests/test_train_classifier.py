@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_of, make_dataset, run, start
+from conftest import BIASED, ROOT, files_of, make_dataset, run, start
 from torch.nn import functional as F
 
 import train_classifier
@@ -314,16 +314,37 @@ def test_pretraining_has_epochs_of_its_own(dataset, vanilla, tmp_path):
     assert [row["images"] for row in log] == 3 * ["synthetic"] + 2 * ["real"]
 
 
-def test_the_second_stage_moves_the_last_layer_alone(dataset, vanilla, tmp_path):
+def two_stages(tmp_path, wrong):
+    """The folders of a seed of the first stage alone and of both.
+
+    wrong: which images, synthetic or real, have the other class as label in training.
+    """
+    folders = {"synthetic": make_dataset(tmp_path / "drawn", counts=dict.fromkeys(BIASED, 12)),
+               "real": make_dataset(tmp_path / "data")}
+    rows = imagefolder.read_metadata(folders[wrong])
+    files.write_csv(folders[wrong] / "metadata.csv", [
+        row | {"y": 1 - row["y"]} if row["split"] == "train" else row for row in rows])
+    for recipe in ("synthetic", "two-stage"):
+        run("train_classifier.py", "--recipe", recipe, "--data", folders["real"], "--synthetic",
+            folders["synthetic"], *QUICK, "--epochs", 8, "--last-layer-epochs", 40,
+            "--last-layer-rate", 1, "--out", tmp_path / recipe)
+    return [tmp_path / recipe / "seed0" for recipe in ("synthetic", "two-stage")]
+
+
+def test_the_second_stage_moves_the_last_layer_alone(tmp_path):
     from safetensors.torch import load_file
 
-    args = ("train_classifier.py", "--recipe", "two-stage", "--data", dataset,
-            "--synthetic", vanilla, *QUICK)
-    run(*args, "--last-layer-rate", 0, "--out", tmp_path / "a")
-    run(*args, "--last-layer-rate", 1, "--out", tmp_path / "b")
-    a, b = (load_file(tmp_path / name / "seed0" / "model.safetensors") for name in "ab")
-    assert {name for name in a if not torch.equal(a[name], b[name])} == {
+    one, two = (load_file(seed / "model.safetensors") for seed in two_stages(tmp_path, "synthetic"))
+    assert {name for name in one if not torch.equal(one[name], two[name])} == {
         "last_layer.weight", "last_layer.bias"}
+
+
+def test_a_last_layer_that_real_images_make_worse_on_val_is_kept_as_pretrained(tmp_path):
+    one, two = two_stages(tmp_path, "real")
+    log = files.read_csv(two / "log.csv")
+    worst = [float(row["val_worst_group"]) for row in log]
+    assert max(worst[:8]) > max(worst[8:]) and files.read_csv(one / "log.csv") == log[:8]
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
 def test_cached_features_train_the_last_layer_as_the_frozen_network_does(dataset):
