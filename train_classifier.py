@@ -278,7 +278,7 @@ def main(argv=None):
     for y in range(classes) if RECIPES[args.recipe][-1].images == "val" else ():
         if sum(row["y"] == y for row in known["val"]) < 2:
             raise InputError(chosen_on, f"has too few val images of class {y} for {args.recipe}",
-                             "add some")
+                             "add some, or leave this recipe out")
     digests = {"data": files.digest(*(imagefolder.digest(args.data, part)
                                       for part in rows.values()))}
     if args.synthetic:

@@ -2,7 +2,7 @@
 # cores, no network. Values that the paper gives are the defaults of the scripts; all below are
 # ours. Learning rates, prior weight, guidance scale and --balance were chosen on val (RESULTS.md),
 # the numbers of steps and epochs and the recipes for a run of minutes: `make paper` has more.
-RECIPES       ?= erm groupdro vanilla dreambooth clustered
+RECIPES       ?= erm groupdro dfr vanilla dreambooth clustered
 IMAGES        ?= 250
 EPOCHS        ?= 30
 CLUSTER       ?= --min-size 20

@@ -15,7 +15,7 @@ LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
     find -L $(root) -mindepth $$depth -type f -print -quit 2>/dev/null; \
   fi)
 endif
-WITH_LABELS    = erm groupdro vanilla lora dreambooth clustered
+WITH_LABELS    = erm groupdro dfr vanilla lora dreambooth clustered
 WITHOUT_LABELS = erm-free jtt-free dfr-free sage tokens-edited one-free clustered-free
 RECIPES    ?= $(if $(LABELLED),$(WITH_LABELS),$(WITHOUT_LABELS))
 REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
