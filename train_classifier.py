@@ -6,9 +6,10 @@
         --data data/digits-0.95 --out runs/digits-0.95/classifiers/lora
 
 The paper's recipe is two-stage: cross-entropy and supervised contrastive loss on balanced synthetic
-images, then only the last layer on the real, biased ones, unless no epoch of that is better on val
-(two-stage-whole: the whole network; synthetic: the first stage alone). ffr uses cross-entropy
-alone, then the whole network; mixed and filled train once, on real and synthetic images together.
+images, then only the last layer on the real, biased ones; it is kept as pretrained if no epoch
+improves it on val (two-stage-whole: the whole network; synthetic: the first stage alone). ffr uses
+cross-entropy alone, then the whole network; mixed and filled train once, on real and synthetic
+images together.
 erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real images alone. Each
 keeps the epoch with the best worst-group accuracy on val; dfr and self refit the last layer on val.
 None uses test. OUT/config.json says which group labels a recipe uses.
@@ -156,8 +157,8 @@ def supervised_contrastive(features, y, temperature):
 def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
     """Trains the weights that the phase lets learn, and keeps those of the best epoch on val.
 
-    A last layer that no epoch makes better on val is kept as it comes: on real, biased images it
-    can learn the bias again. Returns the worst-group accuracy on val, and the class probabilities
+    A last layer that no epoch improves on val is kept as it comes: on real, biased images it can
+    learn the bias again. Returns the worst-group accuracy on val, and the class probabilities
     (N, C) on val after each epoch. Raises FloatingPointError at the first epoch whose loss is not
     finite.
     """
@@ -185,7 +186,8 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
 
     loss_of, best, kept, history = getattr(losses, phase.loss), -1.0, None, []
     if frozen:
-        best, kept = min(on_val()[1].values()), copy.deepcopy(model.state_dict())
+        _, accuracies = on_val()
+        best, kept = min(accuracies.values()), copy.deepcopy(learning.state_dict())
     for epoch in range(epochs):
         model.train(not frozen)
         total = 0.0
@@ -221,8 +223,8 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
                     "val_worst_group": round(worst, 6)}
                    | {f"val_{group}": round(value, 6) for group, value in accuracies.items()})
         if phase.keeps != "best epoch" or worst > best:
-            best, kept = worst, copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
+            best, kept = worst, copy.deepcopy(learning.state_dict())
+    learning.load_state_dict(kept)
     return best, history
 
 

@@ -15,10 +15,10 @@ LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
     find -L $(root) -mindepth $$depth -type f -print -quit 2>/dev/null; \
   fi)
 endif
-WITH_LABELS    = erm groupdro dfr vanilla lora dreambooth clustered
-WITHOUT_LABELS = erm-free jtt-free dfr-free sage tokens-edited one-free clustered-free
-RECIPES    ?= $(if $(LABELLED),$(WITH_LABELS),$(WITHOUT_LABELS))
-REFERENCES ?= $(if $(LABELLED),erm groupdro,erm-free jtt-free)
+ifeq ($(strip $(LABELLED)),)
+RECIPES    ?= erm-free jtt-free dfr-free sage tokens-edited one-free clustered-free
+REFERENCES ?= erm-free jtt-free
+endif
 BIAS       ?= natural
 BASE       ?= stable-diffusion-v1-5/stable-diffusion-v1-5
 IMAGES     ?= 500
