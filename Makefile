@@ -66,7 +66,7 @@ classify = train_classifier.py --data $(DATA) --seeds $(SEEDS) --epochs $(EPOCHS
   $(CLASSIFIER) $($(method).classify) --recipe $(or $($(recipe).recipe),$(recipe)) \
   $(addprefix --synthetic $(RUN)/synthetic/,$(method))
 evaluate = evaluate.py --no-print --data $(DATA) --classifiers $(call classifiers,$(RECIPES)) \
-  --references $(REFERENCES) $(if $(PREDICTIONS),mine --mine $(PREDICTIONS) $(COLUMNS)) \
+  --references $(REFERENCES) $(if $(PREDICTIONS),mine --mine "$(PREDICTIONS)" $(COLUMNS)) \
   $(if $(DRAWN),--synthetic $(DRAWN:%=$(RUN)/synthetic/%))
 measure  = evaluation/images.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" $(CACHED) \
   --synthetic $(DRAWN:%=$(RUN)/synthetic/%)
@@ -88,16 +88,18 @@ define stage
 PLAN += $(subst $(hash),\$(hash),$(call quoted,$1 $(call once,$2)))
 $1/config.json: export LOGS = $(RUN)/logs
 $1/config.json: $(firstword $2) $(SHARED) \
-  $(addsuffix /config.json,$(filter data/$(DATASET)-% runs/%,$2))
+  $(addsuffix /config.json,$(filter-out $(FILES),$(filter data/$(DATASET)-% runs/%,$2)))
 	$$(RUNNER) $(call once,$2) --out $1
 
 endef
 rule    = $(eval $(call stage,$1,$2))
 once    = $(subst $$,$$$$,$(strip $1))
 hash   := \#
+FILES   = %.csv %.safetensors %.pth %.pt
 SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classifiers/*.py))
 RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))
-export PATH := $(CURDIR)/.venv/bin:$(PATH) # of accelerate, which starts Python by itself
+# accelerate starts the first Python in PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 $(call rule,$(DATA),$(prepare))
 $(call rule,$(EMBEDDED),$(embed))
 $(foreach seed,$(MODEL_SEEDS), \
@@ -109,8 +111,9 @@ $(call rule,$(RUN)/results,$(evaluate))
 $(foreach folder,images ablations/synthetic,$(call rule,$(RUN)/$(folder),$(measure)))
 $(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
 $(call rule,$(RUN)/failures,$(failures))
-$(DATA)/config.json: data/$(LOADER).py | $(RUN)/.checked
-$(RUN)/results/config.json: $(wildcard evaluation/*.py)
+$(DATA)/config.json: data/__init__.py data/$(LOADER).py | $(RUN)/.checked
+$(RUN)/results/config.json $(RUN)/failures/config.json: $(wildcard evaluation/*.py)
+$(RUN)/failures/config.json: cluster.py $(wildcard evaluation/*.html)
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
 $(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
   $(RUN)/ablations/*/config.json) $(GOALS:%=%/config.json)
@@ -129,7 +132,8 @@ $(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(ca
 STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked '$(GOALS)' $(PLAN))
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
-	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS)' $(PLAN))
+	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS) $(asked)' $(PLAN))
+asked := $(addprefix $(RUN)/,$(filter failures,$(MAKECMDGOALS)))
 dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 
 # ---- what you type ------------------------------------------------------------------------------

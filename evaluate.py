@@ -162,7 +162,9 @@ def read_recipes(args):
 def predictions_of_mine(rows, args):
     """The rows of the split with the predictions of the user's own classifier."""
     tested = [row for row in rows if row["split"] == args.split]
-    predicted = own.with_predictions(tested, args.mine, args.data, args.image, args.prediction)
+    predicted = own.with_predictions(rows, args.mine, args.data, args.image, args.prediction,
+                                     args.split)
+    predicted = [row for row in predicted if row["split"] == args.split]
     if len(predicted) < len(tested):
         raise InputError(f"--mine {args.mine}", f"has predictions for {len(predicted)} of "
                          f"{len(tested)} images of split {args.split}", "predict all of them")
@@ -210,7 +212,8 @@ def summary(results, keep_order=False):
         for column, runs in columns.items():
             several = list(runs.values())
             several = list(map(mean, several)) if len(several) > 1 else several[0]
-            std = stdev(several) if len(several) > 1 else float("nan")
+            known = len(several) > 1 and not any(map(math.isnan, several))
+            std = stdev(several) if known else float("nan")
             table.setdefault(recipe, {})[column] = (mean(several), std)
     if keep_order:
         return table

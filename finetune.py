@@ -35,18 +35,16 @@ torch = stage.lazy("torch")
 # -------------------------------------------------------------------------------------- the method
 
 
-def denoising_losses(family, latents, noise, timesteps, prompts, snr_gamma):
+def denoising_losses(family, latents, noise, timesteps, prompts):
     """Mean squared error of what the network predicts for each image: (B,) float32.
 
     family: see base/families.py; latents, noise: (B, C, h, w); timesteps: (B,); prompts: encoded.
-    snr_gamma > 0 weights timesteps by min-SNR (Hang et al. 2023, section 3.4); 0: all alike.
     """
     schedule = family.schedule
     noisy = schedule.noisy(latents, noise, timesteps).to(family.network.dtype)
     predicted = family.predict(noisy, timesteps, prompts)
     target = schedule.target(latents, noise, timesteps)
-    losses = (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
-    return losses * schedule.min_snr(timesteps, snr_gamma) if snr_gamma else losses
+    return (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
 
 
 def step_loss(base, unit, step, args):
@@ -65,8 +63,7 @@ def step_loss(base, unit, step, args):
     noise = torch.randn(latents.shape, generator=rng).to(latents)
     timesteps = base.family.schedule.timesteps(len(latents), rng).to(base.device)
     with base.autocast():
-        losses = denoising_losses(base.family, latents, noise, timesteps, base.encoded(prompts),
-                                  args.snr_gamma)
+        losses = denoising_losses(base.family, latents, noise, timesteps, base.encoded(prompts))
     instance, prior = losses[:args.batch], losses[args.batch:]
     return instance.mean() + args.prior_weight * prior.mean() if unit.prior else instance.mean()
 
@@ -99,7 +96,6 @@ def finetune(base, unit, args):
     Raises FloatingPointError at the first loss that is not finite.
     """
     from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
 
     torch.manual_seed(stage.seed_of(args.seed, unit.name))  # LoRA's initial weights
     learned = trainable_weights(base, args)
@@ -111,10 +107,8 @@ def finetune(base, unit, args):
                                   weight_decay=args.weight_decay, fused=True)
     schedule = get_scheduler(args.schedule, optimizer, num_warmup_steps=args.warmup,
                              num_training_steps=args.steps)
-    averaged = args.ema_decay and args.method == "dreambooth"
-    ema = EMAModel(learned, decay=args.ema_decay) if averaged else None
     path = made.unfinished(args.out, unit.name)
-    checkpoint = Checkpoint(path, unit.key, learned, optimizer, schedule, ema)
+    checkpoint = Checkpoint(path, unit.key, learned, optimizer, schedule)
     curve = checkpoint.load()
     for step in imagefolder.progress(range(len(curve), args.steps), unit.name, "step",
                                      initial=len(curve), total=args.steps):
@@ -133,13 +127,9 @@ def finetune(base, unit, args):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.step(learned)
         if args.checkpoint_every and len(curve) % args.checkpoint_every == 0:
             if len(curve) < args.steps:
                 checkpoint.save(curve)
-    if ema:
-        ema.copy_to(learned)
     return curve
 
 
@@ -217,9 +207,11 @@ def main(argv=None):
                          "generate them for this --data")
     base_digest = files.model_digest(args.base)
     add_keys(units, base_digest, args)
-    todo = [unit for unit in units if not made.is_finished(args.out / unit.name, unit.key)]
+    finished = compute.agreed(lambda: [unit.name for unit in units if made.is_finished(
+        args.out / unit.name, unit.key)])
+    todo = [unit for unit in units if unit.name not in finished]
     drawn = [row for unit in todo for row in unit.images.drawn.values()]
-    pixels.check(args.data, drawn)  # now, not after hours of training
+    compute.agreed(lambda: pixels.check(args.data, drawn))  # now, not after hours of training
     failures = []
     if todo:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.base_dtype]
@@ -266,14 +258,13 @@ def parse(argv=None):
     add("--initial-word", default="photo", help="what learned identifiers begin as (SAGE: photo)")
     add("--identifier-rate", type=positive, default=1e-2, help="learning rate of these")
     add("--schedule", choices=("constant", "constant_with_warmup", "linear", "cosine"),
-        default="constant", help="of the learning rate")
+        default="constant", help="how the learning rate changes")
     add("--warmup", type=stage.number(int, 0), default=0, help="warm-up steps of the schedule")
     add("--weight-decay", type=positive, default=0.01, help="weight decay of AdamW")
-    add("--prior-weight", type=positive, default=1.0, help="of the prior loss (DreamBooth: 1)")
+    add("--prior-weight", type=positive, default=1.0, help="weight of the loss on class "
+        "images (DreamBooth: 1)")
     add("--rank", type=count, default=16, help="rank of LoRA")
     add("--alpha", type=count, help="LoRA's updates are scaled by alpha / rank; default: the rank")
-    add("--snr-gamma", type=positive, default=0.0, help="of min-SNR weighting, usually 5; 0: off")
-    add("--ema-decay", type=share, default=0.0, help="of dreambooth's averaged weights; 0: off")
     add("--train-text-encoder", action=stage.Flag, default=False, help="dreambooth only")
     add("--gradient-checkpointing", action=stage.Flag, default=False,
         help="less memory, about a third slower")
@@ -312,13 +303,10 @@ def parse(argv=None):
 
 def check_family(family, args):
     """Raises InputError for a flag that a family of base models does not know."""
-    stable_diffusion, diffuses = family.learns_text, isinstance(family.schedule, families.Diffusion)
-    for flag, given, known, whose in (
-            ("--train-text-encoder", args.train_text_encoder, stable_diffusion, "of 1.x and 2.x"),
-            ("--learn-identifiers", args.learn_identifiers, stable_diffusion, "of 1.x and 2.x"),
-            ("--snr-gamma", args.snr_gamma, diffuses, "that predict noise or velocity")):
-        if given and not known:
-            raise InputError(flag, f"is for Stable Diffusion models {whose}", "leave it out")
+    for flag, given in (("--train-text-encoder", args.train_text_encoder),
+                        ("--learn-identifiers", args.learn_identifiers)):
+        if given and not family.learns_text:
+            raise InputError(flag, "is for Stable Diffusion 1.x and 2.x", "leave it out")
 
 
 def train_units(base, units, base_digest, args):

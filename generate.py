@@ -250,7 +250,9 @@ def batches_needed(draw, args):
     most = args.max_tries * wanted + args.batch
     while wanted > 0:
         if number * args.batch >= most:
-            raise InputError(draw.title, f"0 of {len(there)} images kept, {draw.share} wanted",
+            sound = sum(not row["fault"] for row in there.values())
+            raise InputError(draw.title, f"only {sound} of {len(there)} images drawn are sound, "
+                             f"{math.ceil(draw.share / args.keep)} wanted",
                              "fine-tune longer or otherwise, or raise --max-tries")
         indices = range(number * args.batch, (number + 1) * args.batch)
         if there.keys() >= set(indices):
@@ -276,7 +278,8 @@ def main(argv=None):
     if args.edit:
         add_sources(draws, rows, titles, args)
     made_by = add_keys(draws, rows, prompts, args)
-    todo = [draw for draw in draws if not is_filled(draw, args)]
+    filled = compute.agreed(lambda: [draw.name for draw in draws if is_filled(draw, args)])
+    todo = [draw for draw in draws if draw.name not in filled]
     if todo:
         draw_all(todo, {draw.name: draw.share for draw in draws}, rows, args)
     compute.gather([])
@@ -392,7 +395,8 @@ def draw_all(draws, wanted, rows, args):
     seconds, needed = [], True
     while needed:
         compute.gather([])  # what the first process has begun, and all have drawn, is there
-        needed = [(draw, i) for draw in draws for i in batches_needed(draw, args)]
+        numbers = compute.agreed(lambda: [batches_needed(draw, args) for draw in draws])
+        needed = [(draw, i) for draw, batches in zip(draws, numbers) for i in batches]
         seconds += compute.gather(draw_batches(sampler, score, compute.share(needed), args))
     for draw in draws if compute.FIRST else ():
         taken = sum(each for name, each in seconds if name == draw.name)

@@ -10,9 +10,10 @@ images, then only the last layer on the real, biased ones; it is kept as pretrai
 improves it on val (two-stage-whole: the whole network; synthetic: the first stage alone). ffr uses
 cross-entropy alone, then the whole network; mixed and filled train once, on real and synthetic
 images together.
-erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real images alone. Each
-keeps the epoch with the best worst-group accuracy on val; dfr and self refit the last layer on val.
-None uses test. OUT/config.json says which group labels a recipe uses.
+erm, reweight, resample, subg, groupdro, jtt, dfr and self are baselines on real images alone. All
+keep the epoch with the best worst-group accuracy on val, but for the first phases of jtt and self;
+dfr and self refit the last layer on val. None uses test. OUT/config.json says which group labels a
+recipe uses.
 
 Without attribute labels, `--groups` takes the pseudo-groups of cluster.py --within dataset for
 groups, and `--val synthetic` the val images of SYNTHETIC for val. sage (Luo et al. 2026) trains on
@@ -289,7 +290,8 @@ def main(argv=None):
         digests["groups"] = files.digest(known["train"],
                                          imagefolder.digest(chosen_on, known["val"]))
     key = key_of(args.recipe, digests, args)
-    todo = [seed for seed in args.seeds if not made.is_finished(args.out / f"seed{seed}", key)]
+    todo = compute.agreed(lambda: [seed for seed in args.seeds if not made.is_finished(
+        args.out / f"seed{seed}", key)])
     if args.erm:
         expected = key_of("erm", digests, args)
         for seed in todo:
@@ -379,7 +381,7 @@ def parse(argv=None):
     add("--augment", choices=("none", "crop-flip"), default="none", help="crop-flip: random crops "
         "of 70 to 100 %% and flips while all weights learn")
     add("--epochs", type=count, default=30, help="epochs of a phase in which all weights learn")
-    add("--pretrain-epochs", type=count, help="of such a phase on synthetic images alone; default: "
+    add("--pretrain-epochs", type=count, help="epochs of a phase on synthetic images alone; default: "
         "--epochs")
     add("--learning-rate", type=positive, default=0.02, help="of SGD, momentum 0.9, cosine to 0")
     add("--last-layer-epochs", type=count, default=30, help="epochs of the last-layer phase")
@@ -388,8 +390,8 @@ def parse(argv=None):
     add("--batch", type=stage.number(int, 2), default=64, help="images per step")
     add("--beta", type=stage.number(float, 0, 1), default=0.5, help="pretraining minimises beta * "
         "cross-entropy + (1 - beta) * supervised contrastive loss (paper: 0.5)")
-    add("--temperature", type=stage.number(float, 1e-6), default=0.1, help="of the contrastive "
-        "loss")
+    add("--temperature", type=stage.number(float, 1e-6), default=0.1, help="temperature of the "
+        "contrastive loss")
     add("--dro-step", type=positive, default=0.01, help="step size of Group-DRO (its authors')")
     add("--jtt-epochs", type=count, default=2, help="epochs of JTT's first model")
     add("--jtt-upsampling", type=count, default=20, help="how often JTT's second model sees the "

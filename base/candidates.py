@@ -49,9 +49,9 @@ def publish(out, name, args, key, **spent):
     """Makes an unfinished unit a finished one. Returns the number of its candidates."""
     work = made.unfinished(out, name)
     rows = read(work)
-    for table in work.glob("candidates*.csv"):
-        table.unlink()
     files.write_csv(work / "candidates.csv", list(rows.values()))
+    for table in work.glob("candidates-*.csv"):
+        table.unlink()
     made.finish(work, args, key, **spent)
     files.remove(out / name)
     work.rename(out / name)

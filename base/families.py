@@ -226,13 +226,6 @@ class Diffusion:
     def target(self, latents, noise, timesteps):
         return self.ddpm.get_velocity(latents, noise, timesteps) if self.velocity else noise
 
-    def min_snr(self, timesteps, gamma):
-        """The weights of timesteps, (B,) (Hang et al. 2023, section 3.4)."""
-        from diffusers.training_utils import compute_snr
-
-        snr = compute_snr(self.ddpm, timesteps)
-        return snr.clamp(max=gamma) / (snr + 1 if self.velocity else snr)
-
 
 class Flow:
     """A straight line from the image to noise, whose direction the network predicts.

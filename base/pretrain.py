@@ -196,7 +196,7 @@ def train(name, model, loss_of, work, key, accelerator, args):
     optimizer = torch.optim.AdamW(weights, lr=RATE[name], weight_decay=0.01, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10,
                              num_training_steps=steps)
-    checkpoint = training.Checkpoint(work / name, key, weights, optimizer, schedule, None)
+    checkpoint = training.Checkpoint(work / name, key, weights, optimizer, schedule)
     curve = checkpoint.load()
     for step in imagefolder.progress(range(len(curve), steps), name, "step", initial=len(curve),
                                      total=steps):

@@ -179,19 +179,18 @@ class Checkpoint:
     curve are all its state.
     """
 
-    def __init__(self, path, key, weights, optimizer, schedule, ema):
+    def __init__(self, path, key, weights, optimizer, schedule):
         self.path, self.key, self.weights, self.optimizer = path, key, weights, optimizer
-        self.schedule, self.ema = schedule, ema
+        self.schedule = schedule
 
     def tensors(self):
-        """{name: tensor}, live: the weights, their moments and their moving averages."""
+        """{name: tensor}, live: the weights and their moments."""
         found = {}
         for i, weight in enumerate(self.weights):
             moments = self.optimizer.state[weight].items()
             found[f"weight.{i}"] = weight.data
             found |= {f"{name}.{i}": value for name, value in moments}
-        averages = self.ema.shadow_params if self.ema else []
-        return found | {f"ema.{i}": value for i, value in enumerate(averages)}
+        return found
 
     def save(self, curve):
         from safetensors.torch import save_file
@@ -224,8 +223,6 @@ class Checkpoint:
             warnings.simplefilter("ignore")  # torch thinks that the optimizer has not stepped yet
             for _ in curve:
                 self.schedule.step()
-        if self.ema:
-            self.ema.optimization_step = len(curve)
         return curve
 
 

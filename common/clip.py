@@ -1,4 +1,4 @@
-"""CLIP, or another image encoder: embeddings of images and prompts, and the file of them."""
+"""CLIP: embeddings of images and prompts, and the file of them."""
 
 from common import compute, files, imagefolder, models, stage
 from common.files import InputError
@@ -19,7 +19,11 @@ class Clip:
     def __init__(self, name, device):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.device, self.model = device, _load(CLIPModel, name, "--clip", device)
+        def read(name):
+            return CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+
+        self.device, model = device, models.load_model(read, name, "--clip")
+        self.model = model.to(device).eval().requires_grad_(False)
         self.processor = models.load_model(CLIPProcessor.from_pretrained, name, "--clip")
         self.size = self.model.config.vision_config.image_size  # of images, in pixels
         self.width = self.model.config.projection_dim  # D
@@ -29,7 +33,7 @@ class Clip:
         self.model.to("cpu")
 
     def images(self, images):
-        """images: PIL images."""
+        """images: a list of (3, S, S) uint8 tensors, or of PIL images."""
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         found = self.model.to(self.device).vision_model(pixels.to(self.device)).pooler_output
         return _unit_length(self.model.visual_projection(found))
@@ -50,28 +54,6 @@ class Clip:
         """
         scale = self.model.logit_scale.exp().cpu()
         return (scale * torch.as_tensor(images) @ texts.T).softmax(1)
-
-
-class Encoder:
-    """Another image encoder, such as DINOv2: its pooled output, of unit length."""
-
-    def __init__(self, name, device):
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.device, self.model = device, _load(AutoModel, name, "--encoder", device)
-        self.processor = models.load_model(AutoImageProcessor.from_pretrained, name, "--encoder")
-        self.size = self.model.config.image_size
-
-    def images(self, images):
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        return _unit_length(self.model(pixels.to(self.device)).pooler_output)
-
-
-def _load(model_class, name, flag, device):
-    def read(name):
-        return model_class.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-
-    return models.load_model(read, name, flag).to(device).eval().requires_grad_(False)
 
 
 def _unit_length(embeddings):

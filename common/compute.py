@@ -9,6 +9,8 @@ import datetime
 import os
 import re
 
+from common.files import InputError
+
 if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:  # srun -n8
     first_node = re.sub(r"\[(\d+).*", r"\1", os.environ["SLURM_STEP_NODELIST"].split(",")[0])
     step = int(os.environ["SLURM_JOB_ID"]) * 100 + int(os.environ["SLURM_STEP_ID"])
@@ -52,6 +54,23 @@ def gather(items):
     from accelerate.utils import gather_object
 
     return gather_object(items)
+
+
+def agreed(find):
+    """What find() returns in the first process, for all of them; raises its InputError in all.
+
+    Of shared folders each process might see another state: nodes notice new files late.
+    """
+    found = []
+    if FIRST:
+        try:
+            found = [find()]
+        except InputError as error:
+            found = [error]
+    [found] = gather(found)
+    if isinstance(found, InputError):
+        raise found
+    return found
 
 
 def leave():

@@ -15,7 +15,10 @@ class InputError(Exception):
     """Invalid input from the user: `where` (a file or flag), `what` is wrong, `todo` about it."""
 
     def __init__(self, where, what, todo):
-        super().__init__(f"{where}: {what} ({todo})")
+        super().__init__(where, what, todo)  # so that it can be pickled, for other processes
+
+    def __str__(self):
+        return "{}: {} ({})".format(*self.args)
 
 
 def reason(error):
@@ -69,18 +72,22 @@ def write_text(path, text):
 def replacing(path):
     """Yields a hidden sibling of `path`, a file or folder to write, and renames it to `path`.
 
-    A killed process therefore leaves the old content or the new one, never a half.
+    A killed process therefore leaves the old content or the new one, never a half; of a folder,
+    which cannot be renamed over another, for an instant neither.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.tmp")
     remove(hidden)
-    _remove_doomed(path)
+    doomed = _remove_doomed(path)
     try:
         yield hidden
-        if path.is_dir():  # a folder cannot be renamed over another
-            remove(path)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            os.replace(path, doomed)
         os.replace(hidden, path)
+        _remove_doomed(path)
     finally:
         remove(hidden)
 

@@ -125,8 +125,9 @@ def _states(path, names):
 
 
 def outside(path):
-    """The state of an input, see listing(); None in data/ and runs/: these have records."""
-    return None if Path(path).parts[:1] in (("data",), ("runs",)) else listing(path)
+    """The state of an input, see listing(); None for a folder of data/ or runs/: it has a record."""
+    recorded = Path(path).parts[:1] in (("data",), ("runs",)) and not os.path.isfile(path)
+    return None if recorded else listing(path)
 
 
 def listing(path):

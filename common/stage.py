@@ -71,6 +71,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args):
         parsed = super().parse_args(*args)
+        for name, value in vars(parsed).items():
+            if isinstance(value, Path):
+                setattr(parsed, name, value.expanduser())
         _check_out(parsed)
         return parsed
 
@@ -129,7 +132,7 @@ def _given_paths(args):
         values = value if isinstance(value, list) else [value]
         if name != "out":
             paths += [path for path in values if isinstance(path, Path)]
-        if name in ("base", "clip", "encoder", "weights") and value and Path(value).exists():
+        if name in ("base", "clip", "weights") and value and Path(value).exists():
             paths.append(Path(value))
     return paths
 
@@ -296,14 +299,15 @@ def _keep_log(args):
         sys.stdout, sys.stderr = _Logged(sys.stdout, log), _Logged(sys.stderr, log)
 
 
-def log_of(folder, rank=0):
+def log_of(folder, rank=0, logs=None):
     """Where a script that writes a folder keeps its log: in LOGS, which make sets. None without.
 
-    rank: the number of the process, or "*".
+    rank: the number of the process, or "*". logs: instead of LOGS.
     """
-    if not os.environ.get("LOGS"):
+    logs, folder = logs or os.environ.get("LOGS"), Path(folder)
+    if not logs:
         return None
-    logs, folder = Path(os.environ["LOGS"]), Path(folder)
+    logs = Path(logs)
     inside = folder.is_relative_to(logs.parent)
     name = folder.relative_to(logs.parent) if inside else folder.name
     return logs / (f"{name}.{rank}.log" if rank else f"{name}.log")

@@ -26,12 +26,11 @@ def main(argv=None):
     names = [row["file_name"] for row in rows]
     code = made.code_digest(__file__, clip.__file__, models.__file__, imagefolder.load_image)
     key = files.digest(names, files.file_digests(args.data, names),
-                       files.model_digest(args.encoder or args.clip), code)
+                       files.model_digest(args.clip), code)
     if stage.is_made(args, key):
         return
     device = compute.accelerator(args.device).device
-    encoder = clip.Encoder(args.encoder, device) if args.encoder else clip.Clip(args.clip, device)
-    mine = clip.embed_images(encoder, args.data, rows, args.batch, args.cache)
+    mine = clip.embed_images(clip.Clip(args.clip, device), args.data, rows, args.batch, args.cache)
     embeddings = np.concatenate([part for part in compute.gather([mine]) if len(part)])
     if compute.FIRST:
         with files.replacing(args.out) as out:
@@ -46,8 +45,6 @@ def parse(argv=None):
     add = parser.add_argument
     add("--data", type=Path, required=True, help="real images: a prepared dataset folder")
     add("--clip", required=True, help="folder or hub id of a CLIP model")
-    add("--encoder", help="folder or hub id of another image encoder to cluster with, such as "
-        "facebook/dinov2-base; generate.py and evaluation/images.py need CLIP's embeddings")
     add("--batch", type=stage.number(int, 1), default=64, help="images embedded at once")
     pixels.add_flag(parser)
     compute.add_flags(parser, precision=False)

@@ -3,7 +3,7 @@
 # `make DATASET=<name>`. All values are ours, to start from.
 ROOT       ?= downloads/images
 # Without attributes, in a column `a` or in folders below those of the classes: recipes that need no
-# labels. LABELLED=yes and LABELLED= (empty) overrule what is found here.
+# labels. LABELLED=yes (needed for a .parquet) and LABELLED= (empty) overrule what is found here.
 ifeq ($(origin LABELLED),undefined)
 root       := "$(ROOT:~/%=$(HOME)/%)"
 LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
@@ -12,7 +12,8 @@ LABELLED   := $(findstring --a ,$(PREPARE))$(shell \
     head -n1 "$$table" | tr -d '\0' | tr ';\t' ',' | grep -aE '(^|[,"])a([,"]|[[:space:]]*$$)'; \
   else \
     depth=$$(ls -d $(root)/[Tt]rain* >/dev/null 2>&1 && echo 4 || echo 3); \
-    find -L $(root) -mindepth $$depth -type f -print -quit 2>/dev/null; \
+    cd $(root) 2>/dev/null && \
+      find -L . -mindepth $$depth -type f -not -path '*/.*' -print -quit 2>/dev/null; \
   fi)
 endif
 ifeq ($(strip $(LABELLED)),)

@@ -191,8 +191,7 @@ def labels_of(args, rows, images, table, attributes, told):
     if "split" not in rows[0]:
         for row in rows:
             row["split"] = "train"
-    if not table or {row["split"] for row in rows} == {"train"}:
-        told += cut_splits(rows, args.root)
+    told += cut_splits(rows, args.root)
     print("; ".join(told))
     for title, column in (("class", "y"), ("attribute", "a")):
         there = {row[column] for row in rows}

@@ -61,7 +61,9 @@ def read(args):
                                    {row[3] for row in found})
     rows = [{"file_name": f"{name}-{i:06}.{suffix}", "split": split_name(name) or name,
              "y": codes_y[y], "a": codes_a[a]} for name, i, y, a in found]
-    cut_splits(rows, f"--root {args.root}")
+    told = cut_splits(rows, f"--root {args.root}")
+    if told:
+        print("; ".join(told))
 
     def write(folder):
         wanted = {row["file_name"] for row in rows}

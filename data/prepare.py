@@ -194,7 +194,6 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.dataset != named:
         raise InputError(args.dataset, f"stands behind {named}", "name the dataset first")
-    args.root = args.root and args.root.expanduser()
     if module.SOURCE and not args.root:
         raise InputError("--root", "is missing", f"give {module.SOURCE}")
     if module.SOURCE and args.dataset != "hub" and not args.root.is_dir():

@@ -21,7 +21,8 @@ COLOURS = {"red": (200, 50, 45), "green": (50, 160, 65), "blue": (50, 80, 200),
 
 
 def add_flags(parser):
-    parser.add_argument("--images", type=stage.number(int, 1), default=40_000, help="to draw")
+    parser.add_argument("--images", type=stage.number(int, 1), default=40_000,
+                        help="images to draw")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
 
 

@@ -31,8 +31,10 @@ dfr-synthetic.recipe    = two-stage-dfr --val synthetic
 
 # ---- where a classifier fails: your own, by a csv of predictions, or erm's -----------------------
 failures     = evaluation/failures.py --data $(DATA) --embeddings $(EMBEDDED) --clip "$(CLIP)" \
-               $(if $(findstring --weights,$(FAILURES)),,--predictions \
-               $(or $(PREDICTIONS),$(RUN)/classifiers/erm)) $(COLUMNS) $(CACHED) $(FAILURES)
+               $(if $(findstring --weights,$(FAILURES)),,--predictions $(predicted)) \
+               $(COLUMNS) $(CACHED) $(FAILURES)
+predicted    = $(if $(PREDICTIONS),"$(PREDICTIONS)",$(RUN)/classifiers/$(firstword \
+               $(filter erm erm-free,$(RECIPES)) erm))
 # ---- several runs -------------------------------------------------------------------------------
 each_bias  = +@$(foreach BIAS,$1,$(MAKE) --no-print-directory BIAS=$(BIAS) $2 &&) true
 results_of = --results $(foreach BIAS,$1,$(RUN)/results)

@@ -326,7 +326,7 @@ def cost(source):
     weights = Path(models).rglob("*.safetensors") if models else ()
     megabytes = sum(path.stat().st_size for path in weights) / 1e6
     return {"method": source.name, "fine-tuning, s": seconds(models) if models else 0,
-            "generation, s": seconds(source), "weights, MB": f"{megabytes:.1f}"}
+            "generation, s": seconds(source), "weights, MB": f"{megabytes:.1f}" if megabytes or not models else "removed"}
 
 
 # --------------------------------------------------------------------------------------- the stage

@@ -4,7 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from classifiers import network
-from common import files, imagefolder, pixels, stage
+from common import compute, files, imagefolder, pixels, stage
 from common.files import InputError
 
 torch = stage.lazy("torch")
@@ -16,12 +16,13 @@ def add_flags(parser):
                         "classes as numbers from 0 or by name")
 
 
-def with_predictions(rows, path, data, image="file_name", prediction="prediction"):
+def with_predictions(rows, path, data, image="file_name", prediction="prediction", split=None):
     """The rows of DATA that have a prediction, with it as int.
 
     path: a csv, or a folder of train_classifier.py, whose first seed is taken. Files are known by
-    the longest ending that names one image, whatever folder stands before it. Raises InputError
-    for a prediction that is no class, and for a file that could be several images.
+    the longest ending that names one image, whatever folder stands before it; of several, one of
+    `split`. Raises InputError for a prediction that is no class, and for a file that could be
+    several images.
     """
     if path.is_dir():
         seeds = path.glob("seed*/predictions.csv")
@@ -37,15 +38,16 @@ def with_predictions(rows, path, data, image="file_name", prediction="prediction
     places, predicted, others = endings_of(rows), {}, 0
     words = files.read_json(Path(data) / "config.json").get("classes") or []
     names = {word.lower(): number for number, word in enumerate(words)}
+    classes = max(len(names), 1 + max(row["y"] for row in rows))
     for line, row in enumerate(table, 2):
         where = f"{path}, row {line}"
-        place = place_of(row[image], places, where)
+        place = place_of(row[image], rows, places, split, where)
         others += place is None
         if place in predicted:
             raise InputError(where, f"{row[image]} is {rows[place]['file_name']}, which has a "
                              "prediction already", "write one row per image")
         if place is not None:
-            predicted[place] = class_of(row[prediction], names, where)
+            predicted[place] = class_of(row[prediction], names, classes, where)
     if not predicted:
         raise InputError(path, f"names no image of {data}",
                          "write file_name as in its metadata.csv")
@@ -65,11 +67,13 @@ def endings_of(rows):
     return places
 
 
-def place_of(name, places, where):
-    """The row that a file name means, or None."""
+def place_of(name, rows, places, split, where):
+    """The row that a file name means, or None. places: of endings_of()."""
     parts = PurePosixPath(name.strip().replace("\\", "/")).parts
     for start in range(len(parts)):
         found = places.get(parts[start:], [])
+        if len(found) > 1:
+            found = [place for place in found if rows[place]["split"] == split] or found
         if len(found) > 1:
             raise InputError(where, f"{name} could be {len(found)} images",
                              "write more of its folders")
@@ -78,14 +82,14 @@ def place_of(name, places, where):
     return None
 
 
-def class_of(text, names, where):
-    """A prediction as int: a number, 1.0 for 1, or the name of a class."""
+def class_of(text, names, classes, where):
+    """A prediction as int below `classes`: a number, 1.0 for 1, or the name of a class."""
     word = text.strip().replace("_", " ").lower()
     if word in names:
         return names[word]
-    if re.fullmatch(r"[0-9]{1,4}(\.0*)?", word):
+    if re.fullmatch(r"[0-9]{1,4}(\.0*)?", word) and float(word) < classes:
         return int(float(word))
-    known = f"a number from 0, or one of {', '.join(names)}" if names else "a number from 0"
+    known = f"a number from 0 to {classes - 1}" + f", or one of {', '.join(names)}" * bool(names)
     raise InputError(where, f"prediction is {text!r}", f"write {known}")
 
 
@@ -94,12 +98,15 @@ def with_classifier(rows, args):
 
     args: of evaluation/failures.py.
     """
-    rows = [row for row in rows if row["split"] != "train"]
     classes = 1 + max(row["y"] for row in rows)
+    rows = [row for row in rows if row["split"] != "train"]
     model, size = network.whole_network(args.arch, args.weights, classes, args.mean, args.std)
+    device = compute.accelerator(args.device).device
+    model.to(device)
     size = args.resolution or size
     images, predicted = pixels.Pixels(args.data, rows, size, args.cache), []
     with torch.no_grad():
         for part in torch.arange(len(rows)).split(64):
-            predicted += model(network.to_input(images[part], size)).argmax(1).tolist()
+            pixels_of_part = images[part].to(device)
+            predicted += model(network.to_input(pixels_of_part, size)).argmax(1).tolist()
     return [row | {"prediction": label} for row, label in zip(rows, predicted)]

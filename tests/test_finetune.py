@@ -82,7 +82,7 @@ def test_clustered_dreambooth_with_prior_and_text_encoder_loads_in_diffusers(
     run("cluster.py", "--data", dataset, "--embeddings", embeddings, "--k", 2, "--min-size", 2,
         "--out", clusters)
     run("finetune.py", "--method", "dreambooth", "--per", "cluster", "--base", base,
-        "--data", clusters, "--prior", vanilla, *QUICK, "--ema-decay", 0.9, "--snr-gamma", 5,
+        "--data", clusters, "--prior", vanilla, *QUICK,
         "--train-text-encoder", "--accumulation", 2, "--gradient-checkpointing",
         "--schedule", "cosine", "--out", tmp_path / "out")
     expected = {f"{imagefolder.group_of(row)}-c{row['cluster']}"
@@ -157,7 +157,7 @@ def test_an_output_that_another_command_writes_is_refused(base, dataset, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "more", (("--method", "lora"),) + (("--method", "dreambooth", "--ema-decay", 0.9),) * LONG)
+    "more", (("--method", "lora"),) + (("--method", "dreambooth"),) * LONG)
 def test_a_killed_unit_resumes_exactly_from_its_checkpoint(base, dataset, tmp_path, more):
     data = make_dataset(tmp_path / "data", counts={(0, 0): 4})
     args = ("finetune.py", *more, "--base", base, "--data", data, "--steps", 60, "--batch", 2,

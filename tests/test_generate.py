@@ -288,8 +288,8 @@ def test_blank_images_are_never_selected_and_a_unit_of_them_is_a_one_line_error(
     save_file(weights, path, metadata={"format": "pt"})
     args = ("generate.py", "--base", blank, *filtering[3:], "--images", 3, "--max-tries", 2,
             "--out", tmp_path / "v")
-    run(*args, fails="even digit on a red background (y0-a0): 0 of 12 images kept, 3 wanted "
-                     "(fine-tune")
+    run(*args, fails="even digit on a red background (y0-a0): only 0 of 12 images drawn are sound, "
+                     "4 wanted (fine-tune")
     assert not (tmp_path / "v" / "metadata.csv").exists()
     work = tmp_path / "v" / ".y0-a0.partial"
     assert {fault for _, _, fault in candidates(work)} == {"blank"} and not list(work.glob("*.png"))
@@ -444,6 +444,8 @@ def test_an_output_or_input_in_use_by_another_process_is_refused(base, dataset, 
     run("train_classifier.py", "--recipe", "two-stage", "--data", dataset,
         "--synthetic", vanilla_of(tmp_path), "--out", tmp_path / "c",
         fails="v: is in use by another process")
+    with pytest.raises(AssertionError, match="v: is in use by another process"):
+        together(2, *command, *args)
     process.kill()
     process.wait()
     run(*command, "--images", 1, "--out", tmp_path / "v")

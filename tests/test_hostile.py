@@ -175,7 +175,7 @@ NUMBERS = {
     "data/embed.py": "batch",
     "cluster.py": "k k-max min-size seed",
     "finetune.py": "balance steps batch accumulation learning-rate warmup weight-decay "
-                   "prior-weight rank alpha snr-gamma ema-decay checkpoint-every seed",
+                   "prior-weight rank alpha checkpoint-every seed",
     "generate.py": "images steps guidance-scale rare-below rare-guidance keep alpha max-tries "
                    "batch seed",
     "train_classifier.py": "resolution epochs learning-rate weight-decay batch beta temperature "
@@ -216,7 +216,7 @@ CONTRADICTIONS = {
     "generate.py --rare never --base x --clip x --data {data} --out {out}": "--rare",
     "data/embed.py --data {data} --clip {clip} --device tpu --out {out}": "--device",
     "data/embed.py --data {data} --clip {clip} --device cuda:99 --out {out}": "--device",
-    "data/embed.py --data {data} --encoder x --out {out}": "--clip",
+    "data/embed.py --data {data} --out {out}": "--clip",
     "cluster.py --data {data} --embeddings {embeddings} --attributes a b --out {out}":
         "--attributes",
     "cluster.py --data {data} --embeddings {embeddings} --unknown 3 --out {out}": "--unknown",

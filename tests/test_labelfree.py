@@ -310,6 +310,15 @@ def test_without_groups_each_class_is_one(dataset, tmp_path):
     assert {name for name in log[0] if name.startswith("val_y")} == {"val_y0-a0", "val_y1-a0"}
 
 
+def test_results_over_seeds_need_no_attribute_labels(unlabelled, tmp_path):
+    """Measures that compare attributes are empty, not an error."""
+    run("train_classifier.py", "--recipe", "erm", "--groups", "none", "--data", unlabelled,
+        "--seeds", 0, 1, "--epochs", 1, "--out", tmp_path / "erm")
+    text = run("evaluate.py", "--data", unlabelled, "--classifiers", tmp_path / "erm",
+               "--references", "erm", "--out", tmp_path / "results")
+    assert "mean ± std over 2 seeds" in text and "nan" not in text
+
+
 @pytest.mark.parametrize("recipe, groups, val, expected", (
     ("erm", "none", "real", "none (worst class: val for selection)"),
     ("jtt", "pseudo", "real", "none (pseudo-groups: val for selection)"),
@@ -414,6 +423,8 @@ def test_a_folder_without_attribute_labels_is_known_by_its_header_or_its_folders
         folder = tmp_path / name.replace("/", "-")
         (folder / name).mkdir(parents=True)
         (folder / name / "1.png").touch()
+        (folder / ".git" / "objects" / "ab").mkdir(parents=True)
+        (folder / ".git" / "objects" / "ab" / "cd").touch()
         runs(recipe, folder)
 
 
@@ -428,13 +439,15 @@ def test_make_runs_class_folders_without_attributes_and_the_cure_that_the_page_n
         # sees nothing but the background
         table.append({"path": path, "prediction": ("box", "bar")[row["a"]]})
     files.write_csv(tmp_path / "mine.csv", table)
-    args = ("DATASET=folder", f"ROOT={root}", "BASE=base/miniature", "SEEDS=0",
+    args = ("DATASET=folder", f"ROOT={root}", "BASE=base/miniature", "SEEDS=0 1",
             "CLIP=base/miniature/clip", "IMAGES=4", "EPOCHS=1", "CLUSTER=--min-size 3",
             "LORA=--steps 1", "TOKENS=", "CLASSIFIER=", "DREAMBOOTH=--steps 1",
             "COMPOSITIONAL=--steps 1", "GENERATE=--steps 2 --batch 4 --keep 1 --alpha 1")
     text = make(house, *args)
     assert ("| sage |" in text and "| clustered-free |" in text and "| erm-free |" in text
             and "each class is one group" in text)
+    assert "where erm-free fails" in make(house, *args, "-n", "failures").replace(
+        "classifiers/erm-free --clip", "where erm-free fails"), "without predictions of one's own"
     own = (f"PREDICTIONS={tmp_path / 'mine.csv'}", "COLUMNS=--image path")
     text = make(house, *args, "failures", *own, "FAILURES=--k 2 --min-size 3")
     assert "it fails on 2 of 4 pseudo-groups" in text

@@ -290,6 +290,9 @@ def test_the_base_model_is_trained_only_by_make_base(house, tmp_path):
     planned = make(fresh, "-n", "base", "PRETRAIN=--unet-steps 3")
     assert ("base/pretrain.py --data data/printed-natural --unet-steps 3  "
             "--out base/miniature") in planned
+    make(fresh, "data/printed-natural/config.json", "DATASET=printed", "BIAS=natural",
+         "PREPARE=--images 60")
+    assert "data/prepare.py printed" in make(fresh, "-n", "base", "PREPARE=--images 90")
 
 
 def test_an_edited_file_of_the_base_is_noticed_by_what_was_made_from_it(house):

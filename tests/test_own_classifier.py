@@ -54,7 +54,8 @@ def test_predictions_are_taken_as_people_write_them(named, tmp_path, way):
 
 
 def test_what_is_ambiguous_or_unknown_is_refused(named, tmp_path):
-    rows = [{"file_name": f"images/{folder}/1.png", "y": 0, "a": 0} for folder in "ab"]
+    rows = [{"file_name": f"images/{folder}/1.png", "split": "test", "y": 0, "a": 0}
+            for folder in "ab"]
 
     def refused(lines, message):
         (tmp_path / "p.csv").write_text("file_name,prediction\n" + lines)
@@ -65,7 +66,8 @@ def test_what_is_ambiguous_or_unknown_is_refused(named, tmp_path):
     refused("a/1.png,0\nx/a/1.png,1\n",
             "row 3: x/a/1.png is images/a/1.png, which has a prediction already")
     refused("a/1.png,zebra\n",
-            "row 2: prediction is 'zebra' .write a number from 0, or one of box, wide bar")
+            "row 2: prediction is 'zebra' .write a number from 0 to 1, or one of box, wide bar")
+    refused("a/1.png,2\n", "row 2: prediction is '2' .write a number from 0 to 1, or one of box")
     refused("2.png,0\n", "names no image of")
     (tmp_path / "p.csv").write_text("image,pred\na/1.png,0\n")
     with pytest.raises(files.InputError, match="has no column 'file_name'; it has image, pred "
@@ -73,6 +75,16 @@ def test_what_is_ambiguous_or_unknown_is_refused(named, tmp_path):
         own.with_predictions(rows, tmp_path / "p.csv", named)
     assert own.with_predictions(
         rows, tmp_path / "p.csv", named, "image", "pred")[0]["prediction"] == 0
+
+
+def test_a_name_that_several_splits_share_is_an_image_of_the_split_that_is_tested(named, tmp_path):
+    rows = [{"file_name": f"images/{split}/cat/1.png", "y": 0, "a": 0, "split": split}
+            for split in ("train", "test")]
+    for line, found in (("cat/1.png,1", ["test"]), ("root/train/cat/1.png,1", ["train"]),
+                        ("train/cat/1.png,1\ntest/cat/1.png,0", ["train", "test"])):
+        (tmp_path / "p.csv").write_text(f"file_name,prediction\n{line}\n")
+        predicted = own.with_predictions(rows, tmp_path / "p.csv", named, split="test")
+        assert [row["split"] for row in predicted] == found
 
 
 def test_its_predictions_are_a_row_of_the_results_with_interval_and_difference(named, tmp_path):

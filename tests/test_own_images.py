@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 from PIL import Image
 
-from common import imagefolder
+from common import files, imagefolder
 
 
 def pictures(folder, *names):
@@ -62,6 +62,12 @@ def test_a_split_that_is_missing_is_cut_from_train(tmp_path):
     text, rows = prepared(root, tmp_path / "o")
     assert ("val is 10% of each group of train\n" in text
             and in_splits(rows) == {"train": 18, "val": 2, "test": 20})
+    files.write_csv(root / "metadata.csv", [
+        {"file_name": row["file_name"].removeprefix("images/"), "split": row["split"],
+         "y": "ab"[row["y"]]} for row in rows if row["split"] != "val"])
+    text, rows = prepared(root, tmp_path / "o")
+    assert ("val is 10% of each group of train\n" in text
+            and in_splits(rows) == {"train": 16, "val": 2, "test": 20})
 
 
 def test_folders_of_no_layout_are_refused_with_the_layouts(tmp_path):

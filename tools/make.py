@@ -13,6 +13,7 @@ import difflib
 import fcntl
 import functools
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -42,7 +43,7 @@ DREAMBOOTH CLUSTERED COMPOSITIONAL TOKENS EDITED GENERATE CLASSIFIER FAILURES, P
 base, DRYRUN). ROOT is your folder, PREDICTIONS your csv, COLUMNS names its columns, LAUNCH stands
 before commands:
 """
-WITHOUT_RUN = {"help", "dryrun", "bench", "clean", "test", "torture", "test-slurm", "base"}
+WITHOUT_RUN = {"help", "dryrun", "bench", "clean", "test", "torture", "test-slurm"}
 
 # -------------------------------------------------------------------------------------- settings
 
@@ -86,8 +87,8 @@ def did_you_mean(word, known, cutoff=0.6):
 def settle(values, bias_is_typed):
     """The settings, lists of words, in one form; raises Wrong, naming the choices."""
     datasets = sorted(path.stem for path in Path("data").glob("*.mk"))
-    if values["DATASET"][0] not in datasets:
-        raise Wrong(f"DATASET={values['DATASET'][0]}: no such dataset (use one of "
+    if not set(values["DATASET"][:1]) & set(datasets):
+        raise Wrong(f"DATASET={' '.join(values['DATASET'])}: no such dataset (use one of "
                     f"{', '.join(datasets)}, or copy data/folder.mk to a name of your own)")
     for name in ("BIAS", "BIASES", "RECIPES", "SEEDS", "MODEL_SEEDS"):
         if not values[name]:
@@ -140,7 +141,7 @@ def check_recipes(values):
                 raise Wrong(f"RECIPES: {word} is not a recipe{hint and f', {hint}'} (recipes: "
                             f"{', '.join(recipes)}; methods: {', '.join(plain)}; "
                             "or one of each, as filled+lora)")
-        if len(words) > 1 and [word in methods for word in words] not in ([0, 1], [1, 0]):
+        if len(words) > 1 and (len(words), sum(word in methods for word in words)) != (2, 1):
             raise Wrong(f"RECIPES: {recipe}: combine one recipe and one method, as filled+lora")
 
 
@@ -184,15 +185,15 @@ def stale(asked, record, goals, *plan):
             print(f"note: {folder}: its files or inputs were changed, it is made again",
                   file=sys.stderr)
             found.append(config)
-        elif done and done[:-2] != words_of(command):
+        elif done and list(map(os.path.expanduser, done[:-2])) != words_of(command):
             found.append(config)
     print(*found)
 
 
 def words_of(command):
-    """Its words; [] if its quotes are unbalanced, which check() tells."""
+    """Its words, ~ expanded; [] if its quotes are unbalanced, which check() tells."""
     try:
-        return shlex.split(command)
+        return list(map(os.path.expanduser, shlex.split(command)))
     except ValueError:
         return []
 
@@ -236,13 +237,16 @@ def progress(folder):
     kinds = {"models": "units", "synthetic": "images", "classifiers": "seeds"}
     kind = kinds.get(folder.parent.name)
     parts = [f"{done} of {sum(wanted.values())} {kind} done"] if wanted else []
-    parts += ["running" if running else failure(folder) or "to do"]
+    dropped = wanted and done == sum(wanted.values()) and folder.parent.name == "models"
+    parts += ["running" if running else failure(folder) or
+              ("weights removed" if dropped else "to do")]
     return ", ".join([*parts, *time_left(folder, wanted, done)])
 
 
 def failure(folder):
     """How the last command that wrote a folder failed, in any of its processes; or None."""
-    logs = [stage.log_of(folder), stage.log_of(folder, "*")]
+    of_run = Path(*folder.parts[:2], "logs") if folder.parts[0] == "runs" else None
+    logs = [stage.log_of(folder, rank, of_run) for rank in (0, "*")]
     for path in [path for log in logs if log for path in log.parent.glob(log.name)]:
         last = (path.read_text(encoding="utf-8").splitlines() or [""])[-1]
         if not last.startswith("done"):
