@@ -381,8 +381,8 @@ def parse(argv=None):
     add("--augment", choices=("none", "crop-flip"), default="none", help="crop-flip: random crops "
         "of 70 to 100 %% and flips while all weights learn")
     add("--epochs", type=count, default=30, help="epochs of a phase in which all weights learn")
-    add("--pretrain-epochs", type=count, help="epochs of a phase on synthetic images alone; default: "
-        "--epochs")
+    add("--pretrain-epochs", type=count, help="epochs of a phase on synthetic images alone; "
+        "default: --epochs")
     add("--learning-rate", type=positive, default=0.02, help="of SGD, momentum 0.9, cosine to 0")
     add("--last-layer-epochs", type=count, default=30, help="epochs of the last-layer phase")
     add("--last-layer-rate", type=positive, default=0.001, help="its learning rate")

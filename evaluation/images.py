@@ -324,9 +324,10 @@ def cost(source):
 
     models = files.read_json(source / "config.json").get("arguments", {}).get("models")
     weights = Path(models).rglob("*.safetensors") if models else ()
-    megabytes = sum(path.stat().st_size for path in weights) / 1e6
+    megabytes = f"{sum(path.stat().st_size for path in weights) / 1e6:.1f}"
+    removed = models and megabytes == "0.0"
     return {"method": source.name, "fine-tuning, s": seconds(models) if models else 0,
-            "generation, s": seconds(source), "weights, MB": f"{megabytes:.1f}" if megabytes or not models else "removed"}
+            "generation, s": seconds(source), "weights, MB": "removed" if removed else megabytes}
 
 
 # --------------------------------------------------------------------------------------- the stage
