@@ -125,7 +125,7 @@ def _states(path, names):
 
 
 def outside(path):
-    """The state of an input, see listing(); None for a folder of data/ or runs/: it has a record."""
+    """The state of an input (listing()); None for a folder of data/ or runs/: it has a record."""
     recorded = Path(path).parts[:1] in (("data",), ("runs",)) and not os.path.isfile(path)
     return None if recorded else listing(path)
 
