@@ -191,7 +191,7 @@ def with_attribute(rows, args):
                              "has several texts", "add class_text, the prompt of each class")
     for row in rows:
         class_text = prompts[row["y"]][0]
-        words = args.attributes[row["cluster"]:][:1]
+        words = [args.attributes[row["cluster"]]] if args.attributes else []
         new = {"file_name": row["file_name"], "split": row["split"], "y": row["y"],
                "a": row["cluster"], "text": " ".join([class_text, *words]),
                "class_text": class_text}

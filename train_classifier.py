@@ -203,10 +203,8 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
                 with autocast():
                     shown = model.backbone(view(shown, args.resolution))
                 shown = shown.float()
-            logits = model.last_layer(shown)
-            if not frozen:
                 embedded = torch.nn.functional.normalize(model.projection(shown), dim=1)
-            loss = loss_of(logits, embedded, images.y[batch].to(device),
+            loss = loss_of(model.last_layer(shown), embedded, images.y[batch].to(device),
                            images.group[batch].to(device))
             optimizer.zero_grad()
             loss.backward()

@@ -57,8 +57,10 @@ def read(args):
             continue
         seen.add(path.name)
         age, gender, race = map(int, name.groups()[:3])
-        bins = [i for i, (low, high) in enumerate(args.bins) if low <= age <= high]
-        for a in [race] if args.attribute == "race" else bins:
+        found = [i for i, (low, high) in enumerate(args.bins) if low <= age <= high]
+        if args.attribute == "race":
+            found = [race]
+        for a in found:
             rows.append({"file_name": str(path.relative_to(args.root)), "y": gender, "a": a,
                          "split": split_of(position(path.name))})
     if skipped:
