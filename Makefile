@@ -151,7 +151,7 @@ status: ; @LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
 help:
 	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
 	  $(call quoted,$s=$($s)))
-clean: ; rm -rf $(RUN)
+clean: ; rm -rf $(foreach seed,$(MODEL_SEEDS),$(RUN))
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt && touch $@

@@ -294,6 +294,8 @@ def parse(argv=None):
              "learned words are trained in fp32", "use --base-dtype fp32"),
             (args.learn_identifiers and args.train_text_encoder, "--learn-identifiers",
              "trains words, not the text encoder", "leave out --train-text-encoder"),
+            (args.warmup and args.schedule == "constant", "--warmup",
+             "the constant schedule has none", "use --schedule constant_with_warmup"),
             ("{text}" not in args.prompt, "--prompt",
              "does not contain {text}", 'for example "{text} {identifier}"')):
         if wrong:

@@ -308,7 +308,8 @@ def parse(argv=None):
         "images; shared: that one's models draw both, in the same way (ours)")
     add("--edit", action=stage.Flag, default=False, help="edit real images of each class's common "
         "group instead of drawing from noise (ours); without guidance")
-    add("--rare-below", type=count, default=10, help="for --rare auto")
+    add("--rare-below", type=count, default=10, help="--rare auto: groups with fewer training "
+        "images are drawn by the models of their class's common group")
     add("--rare-guidance", type=scale, default=2.0, help="guidance scale of transferred groups; "
         "above 1, their negative prompt takes effect")
     add("--keep", type=stage.number(float, 0.01, 1), default=0.75, help="share of the images drawn "

@@ -378,17 +378,19 @@ def parse(argv=None):
     add("--clip-first", help="the column from which CLIP learns in the first quarter of its "
         "steps, so that what is hard to see is not lost behind what is easy; default: the last")
     add("--flip", action=stage.Flag, default=False, help="mirrored images are as good")
-    add("--size", type=count, default=32, help="of the images, in pixels")
+    add("--size", type=count, default=32, help="pixels per side of an image")
     add("--vae-widths", type=count, nargs="+", default=[16, 32, 64],
         help="channels of each level; a level more halves the latents")
     add("--unet-widths", type=count, nargs="+", default=[48, 96],
         help="channels of each level; all but the first have attention")
-    add("--clip-widths", type=count, nargs=2, default=[64, 96], help="of text and image")
+    add("--clip-widths", type=count, nargs=2, default=[64, 96],
+        help="widths of the text and of the image encoder")
     add("--out", type=Path, required=True, help="folder to write")
     how = parser.add_argument_group("training")
     add = how.add_argument
     for name, steps in (("clip", 2500), ("vae", 2500), ("unet", 8000)):
-        add(f"--{name}-steps", type=count, default=steps, help=f"of {BATCH[name]} images")
+        add(f"--{name}-steps", type=count, default=steps,
+            help=f"steps of {BATCH[name]} images")
     add("--samples", type=count, default=16, help="images per row of the two sheets")
     add("--seed", type=int, default=0, help="seed of all random draws")
     pixels.add_flag(how)

@@ -200,6 +200,7 @@ CONTRADICTIONS = {
     "finetune.py --method lora --train-text-encoder --base x --data {data} --out {out}":
         "--train-text-encoder",
     "finetune.py --method lora --balance 1 --base x --data {data} --out {out}": "--balance",
+    "finetune.py --method lora --warmup 5 --base x --data {data} --out {out}": "--warmup",
     "finetune.py --method lora --prompt sks --base x --data {data} --out {out}": "--prompt",
     "finetune.py --method lora --per cluster --base x --data {data} --out {out}":
         "has no column 'cluster'",
