@@ -136,6 +136,9 @@ def main(argv=None):
         imagefolder.check_rows(*found.table, [{name: str(value) for name, value in row.items()}
                                               for row in rows])
     if args.bias != "natural" and args.dataset != "digits":
+        if not found.labelled:
+            raise InputError(f"--bias {args.bias:g}", "needs attribute labels, and there are none",
+                             "use natural")
         rows = subsample(rows, args.bias)
         found.rows[:] = rows
     downloaded = isinstance(root, Path)

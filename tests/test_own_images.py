@@ -40,6 +40,8 @@ def test_folders_are_classes(tmp_path):
     assert in_splits(rows) == {"train": 14, "val": 2, "test": 4}
     assert imagefolder.group_prompts(rows) == {
         "y0-a0": "a photo of a cat", "y1-a0": "a photo of a wild dog"}
+    run("data/prepare.py", "folder", "--root", root, "--bias", 0.9, "--out", tmp_path / "b",
+        fails="--bias 0.9: needs attribute labels, and there are none (use natural)")
     _, rows = prepared(root, tmp_path / "o", "--classes", "wild dog", "cat")
     assert imagefolder.group_prompts(rows)["y1-a0"] == "a photo of a cat"
 
