@@ -191,7 +191,8 @@ def labels_of(args, rows, images, table, attributes, told):
     if "split" not in rows[0]:
         for row in rows:
             row["split"] = "train"
-    told += cut_splits(rows, args.root)
+    if not table or {row["split"] for row in rows} <= {*imagefolder.SPLITS}:
+        told += cut_splits(rows, args.root)  # prepare.py names the row of another split
     print("; ".join(told))
     for title, column in (("class", "y"), ("attribute", "a")):
         there = {row[column] for row in rows}
