@@ -161,6 +161,10 @@ def run(main, shared=False):
         compute.leave()
     if _log[0] and not status:
         print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)
+    if compute.PROCESSES > 1:  # Python's own end, beside torch's threads, has aborted a process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
