@@ -95,6 +95,7 @@ endef
 rule    = $(eval $(call stage,$1,$2))
 once    = $(subst $$,$$$$,$(strip $1))
 hash   := \#
+# Settings may name files below runs/, which have no config.json.
 FILES   = %.csv %.safetensors %.pth %.pt
 SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classifiers/*.py))
 RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))

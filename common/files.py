@@ -82,7 +82,7 @@ def replacing(path):
     doomed = _remove_doomed(path)
     try:
         yield hidden
-        if path.is_symlink():
+        if path.is_dir() and path.is_symlink():
             path.unlink()
         elif path.is_dir():
             os.replace(path, doomed)

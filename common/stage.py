@@ -161,7 +161,7 @@ def run(main, shared=False):
         compute.leave()
     if _log[0] and not status:
         print(f"done in {time.monotonic() - begun:.0f} s", file=_log[0], flush=True)
-    if compute.PROCESSES > 1:  # Python's own end, beside torch's threads, has aborted a process
+    if compute.PROCESSES > 1:  # shutting Python down beside torch's threads has aborted a process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -231,18 +231,8 @@ def begin(args):
     Raises InputError if another command is writing one of them, or reading OUT.
     """
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    faults = []
-    try:
-        if compute.FIRST:
-            _lock(args.out, fcntl.LOCK_EX)
-            for path in sorted(set(_given_paths(args))):
-                if lock_of(path).is_file():
-                    _lock(path, fcntl.LOCK_SH)
-    except InputError as error:
-        faults = [error]
     compute.meet(getattr(args, "device", "auto"))
-    for error in compute.gather(faults):
-        raise error
+    compute.agreed(lambda: _lock_all(args))
     _keep_log(args)
     states = {str(path): made.outside(path) for path in sorted(set(_given_paths(args)))}
     _inputs.clear()
@@ -321,6 +311,14 @@ def lock_of(path):
     """The file beside a folder that a script locks while it writes or reads the folder."""
     path = Path(path)
     return path.with_name(f".{path.name}.lock")
+
+
+def _lock_all(args):
+    """Locks OUT for writing and the inputs for reading."""
+    _lock(args.out, fcntl.LOCK_EX)
+    for path in sorted(set(_given_paths(args))):
+        if lock_of(path).is_file():
+            _lock(path, fcntl.LOCK_SH)
 
 
 def _lock(path, kind):

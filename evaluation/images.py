@@ -323,9 +323,9 @@ def cost(source):
         return round(sum(config.get("seconds", 0) for config in configs))
 
     models = files.read_json(source / "config.json").get("arguments", {}).get("models")
-    weights = Path(models).rglob("*.safetensors") if models else ()
+    weights = list(Path(models).rglob("*.safetensors")) if models else []
     megabytes = f"{sum(path.stat().st_size for path in weights) / 1e6:.1f}"
-    removed = models and megabytes == "0.0"
+    removed = models and not weights
     return {"method": source.name, "fine-tuning, s": seconds(models) if models else 0,
             "generation, s": seconds(source), "weights, MB": "removed" if removed else megabytes}
 

@@ -106,7 +106,6 @@ def with_classifier(rows, args):
     size = args.resolution or size
     images, predicted = pixels.Pixels(args.data, rows, size, args.cache), []
     with torch.no_grad():
-        for part in torch.arange(len(rows)).split(64):
-            pixels_of_part = images[part].to(device)
-            predicted += model(network.to_input(pixels_of_part, size)).argmax(1).tolist()
+        for shown in network.on_device(images, torch.arange(len(rows)).split(64), device):
+            predicted += model(network.to_input(shown, size)).argmax(1).tolist()
     return [row | {"prediction": label} for row, label in zip(rows, predicted)]

@@ -68,8 +68,8 @@ def main(argv=None):
     paper = {line.split()[0]: line.split(" | ")[1:] for line in PAPER.strip().splitlines()}
     ours, claims = [], []
     for name in recipes:
-        labels = next(rows[name] for rows in [severe, *found.values()] if name in rows)
-        ours.append([name, *(cell(found[run].get(name)) for run in runs), labels["group_labels"],
+        row = next(rows[name] for rows in [severe, *found.values()] if name in rows)
+        ours.append([name, *(cell(found[run].get(name)) for run in runs), row["group_labels"],
                      *paper.get(name, [""] * 6)])
     for claim, name, reference, where, wanted in CLAIMS:
         for run in {"first": runs[:1], "last": runs[-1:], "each": runs}[where]:

@@ -86,8 +86,8 @@ def accuracies_table(results, images, sizes, titles):
     for size, group, recipe in sorted(accuracies, key=lambda key: key[:2]):
         line = {"group": titles.get(group, group), "training images": size, "recipe": recipe,
                 "accuracy": f"{mean(accuracies[size, group, recipe]):.3f}"}
-        abouts = [of_images.get((name, group), {}) for name in recipe.split("+")]
-        about = next(filter(None, abouts), {})
+        about = next((of_images[name, group] for name in recipe.split("+")
+                      if (name, group) in of_images), {})
         for name in ("clusters", "recall", "coverage", "too_near", "leakage", "real_gap"):
             value = about.get(name, "")
             line[name] = f"{float(value):.3f}" if "." in value else value

@@ -302,7 +302,7 @@ def shown(value):
 def parse(argv=None):
     parser = stage.Parser(__file__, __doc__)
     count, add = stage.number(int, 1), parser.add_argument
-    add("--dataset", required=True, help="whose numbers and sizes of images to assume")
+    add("--dataset", required=True, help="dataset whose number and sizes of images are assumed")
     add("--bias", required=True, help="of the dataset: a number or natural")
     add("--plan", nargs="+", required=True, help="GOALS and PLAN of the Makefile")
     add("--photos", type=count, default=64, help="random photographs; larger folders repeat them")

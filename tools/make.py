@@ -87,8 +87,9 @@ def did_you_mean(word, known, cutoff=0.6):
 def settle(values, bias_is_typed):
     """The settings, lists of words, in one form; raises Wrong, naming the choices."""
     datasets = sorted(path.stem for path in Path("data").glob("*.mk"))
-    if not set(values["DATASET"][:1]) & set(datasets):
-        raise Wrong(f"DATASET={' '.join(values['DATASET'])}: no such dataset (use one of "
+    dataset = "".join(values["DATASET"][:1])  # "" for DATASET=
+    if dataset not in datasets:
+        raise Wrong(f"DATASET={dataset}: no such dataset (use one of "
                     f"{', '.join(datasets)}, or copy data/folder.mk to a name of your own)")
     for name in ("BIAS", "BIASES", "RECIPES", "SEEDS", "MODEL_SEEDS"):
         if not values[name]:
