@@ -101,6 +101,10 @@ SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classif
 RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))
 # accelerate starts the first Python in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# On a CPU: glibc would give each step's memory back to the kernel, page by page, for it to be asked
+# for again, which took a quarter of a classifier's time. 32 MB is as far as glibc goes by itself.
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 268435456
 $(call rule,$(DATA),$(prepare))
 $(call rule,$(EMBEDDED),$(embed))
 $(foreach seed,$(MODEL_SEEDS), \

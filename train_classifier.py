@@ -194,7 +194,7 @@ def train_phase(model, phase, images, val, losses, args, autocast, seed, log):
         total = 0.0
         rng = torch.Generator().manual_seed(stage.seed_of(seed, phase, epoch))
         torch.manual_seed(stage.seed_of(seed, phase, epoch, "crops"))
-        batches = images.batches(phase.drawn, args.batch, rng, args.jtt_upsampling)
+        batches = images.batches(phase.drawn, args.batch, rng, args.jtt_upsampling, seed)
         seen = (network.on_device(images.pixels, batches, device) if not frozen
                 else (features[batch] for batch in batches))
         for batch, shown in zip(batches, seen):

@@ -194,7 +194,7 @@ class Images:
         both.group = torch.cat([self.group, other.group[taken]])
         return both
 
-    def batches(self, drawn, size, rng, upsampling=1):
+    def batches(self, drawn, size, rng, upsampling=1, seed=0):
         """Index tensors of one epoch, of `size` each; the last may be shorter, but not of one."""
         if drawn == "class-balanced":
             order = equally_often(self.y, rng)
@@ -202,11 +202,11 @@ class Images:
             order = equally_often(self.group, rng)
         else:
             order = torch.arange(len(self))
-            if drawn == "smallest group":  # in every epoch the same: as many as the smallest has
+            if drawn == "smallest group":  # at random, but the same in every epoch
                 sizes = self.group.bincount()
-                least = sizes[sizes > 0].min()
-                groups = [(self.group == group).nonzero()[:, 0] for group in self.group.unique()]
-                order = torch.cat([members[:least] for members in groups])
+                order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+                order = torch.cat([order[self.group[order] == group][:sizes[sizes > 0].min()]
+                                   for group in self.group.unique()])
             elif drawn == "errors upsampled":  # the first model's errors, `upsampling` times
                 order = order.repeat_interleave(1 + (upsampling - 1) * self.errors.long())
             order = order[torch.randperm(len(order), generator=rng)]

@@ -127,10 +127,18 @@ def test_group_weights_make_every_group_count_alike():
 def test_the_smallest_group_gives_the_size_of_all_in_subg():
     images = sized_images([0, 0, 0, 0, 0, 2, 2, 3, 3])
     first, second = (
-        torch.cat(images.batches("smallest group", 4, torch.Generator().manual_seed(s)))
+        torch.cat(images.batches("smallest group", 4, torch.Generator().manual_seed(s), seed=0))
         for s in (0, 1))
     assert (images.group[first].bincount().tolist() == [2, 0, 2, 2]
             and set(first.tolist()) == set(second.tolist()))
+
+
+def test_subg_takes_random_images_of_a_group_not_its_first():
+    images = sized_images([0] * 1000 + [1] * 50)
+    one, other = (torch.cat(images.batches("smallest group", 64, None, seed=seed)).sort().values
+                  for seed in (0, 1))
+    assert not torch.equal(one, other)
+    assert all(300 < taken[taken < 1000].float().mean() < 700 for taken in (one, other))
 
 
 @pytest.mark.parametrize("classes", (2, 3))
