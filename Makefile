@@ -98,7 +98,7 @@ hash   := \#
 # Settings may name files below runs/, which have no config.json.
 FILES   = %.csv %.safetensors %.pth %.pt
 SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classifiers/*.py))
-RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(firstword $(LAUNCH)))),,$(PY))
+RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(LAUNCH))),,$(PY))
 # accelerate starts the first Python in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # On a CPU: glibc would give each step's memory back to the kernel, page by page, for it to be asked
@@ -117,7 +117,8 @@ $(foreach folder,images ablations/synthetic,$(call rule,$(RUN)/$(folder),$(measu
 $(foreach a,$(ABLATIONS),$(call rule,$(RUN)/ablations/$a,$(call ablation,$a)))
 $(call rule,$(RUN)/failures,$(failures))
 $(DATA)/config.json: data/__init__.py data/$(LOADER).py | $(RUN)/.checked
-$(RUN)/results/config.json $(RUN)/failures/config.json: $(wildcard evaluation/*.py)
+$(foreach f,results failures $(ABLATIONS:%=ablations/%),$(RUN)/$f/config.json): \
+  $(wildcard evaluation/*.py)
 $(RUN)/failures/config.json: cluster.py $(wildcard evaluation/*.html)
 $(RUN)/images/config.json: | $(RUN)/results/config.json # results come first, whatever happens here
 $(RUN)/results/report.html: $(wildcard evaluation/*.html evaluation/report.py \
@@ -134,7 +135,7 @@ $(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(ca
   $(error KEEP_WEIGHTS=no: $m needs the weights of $(call models,$m), use KEEP_WEIGHTS=yes))))
 
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours.
-STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked '$(GOALS)' $(PLAN))
+STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked $(PLAN))
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
 	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS) $(asked)' $(PLAN))
@@ -152,7 +153,8 @@ test torture: .venv/installed
 	  tests
 test-slurm: .venv/installed
 	TEST_SLURM=1 $(PY) -m pytest -q -s -rs --durations 0 tests/test_slurm.py
-status: ; @LOGS=$(RUN)/logs $(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
+status: export LOGS = $(RUN)/logs
+status: ; @$(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
 help:
 	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
 	  $(call quoted,$s=$($s)))

@@ -231,7 +231,8 @@ def save_sheet(path, data, rows, column):
     images, labels = [], []
     for c in range(1 + max(row[column] for row in rows)):
         members = [row for row in rows if row[column] == c]
-        images.append([imagefolder.load_image(data / row["file_name"], 64) for row in members[:20]])
+        shown = members[::max(1, len(members) // 20)][:20]
+        images.append([imagefolder.load_image(data / row["file_name"], 64) for row in shown])
         labels.append(f"c{c} ({len(members)})")
     imagefolder.contact_sheet(images, labels).save(path)
 

@@ -245,8 +245,6 @@ def main(argv=None):
         out.mkdir()
         files.write_csv(out / "results.csv", results)
         files.write_csv(out / "intervals.csv", lines)
-        if args.latex:
-            (out / "results.tex").write_text(tables.latex(table, found), encoding="utf-8")
         (out / "results.md").write_text(text, encoding="utf-8")
         figures.worst_group_bars(out / "worst_group.png", table, found, METRICS)
         figures.images_by_group(out / "images.png", titles, args.data, args.synthetic)
@@ -271,7 +269,6 @@ def parse(argv=None):
         help="show recipes in the given order, not the best worst group first")
     add("--split", choices=("test", "val"), default="test", help="val: for choosing settings")
     add("--print", action=stage.Flag, default=True, help="print results.md")
-    add("--latex", action=stage.Flag, default=False, help="write results.tex as well")
     add("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args(argv)
 

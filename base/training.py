@@ -93,7 +93,7 @@ class Base:
     def encode_prompts(self, prompts):
         """Encodes prompts for all units, and drops text encoders that do not learn."""
         if prompts and not self.family.learns_text:
-            self.encoded(prompts)
+            self.encoded(list(dict.fromkeys(prompts)))
             self.family.drop_text_encoders()
             self.needs_text = False
 
@@ -211,9 +211,10 @@ class Checkpoint:
             return []
         saved = load_file(self.path / "state.safetensors")
         for i, weight in enumerate(self.weights):
+            # Fused AdamW wants moments in the memory format of their weight.
             self.optimizer.state[weight] = {
-                name: torch.zeros_like(saved[f"{name}.{i}"], device=weight.device)
-                for name in ("step", "exp_avg", "exp_avg_sq")}
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         for name, value in self.tensors().items():
             value.copy_(saved[name])
         curve = [{"step": int(row["step"]), "loss": float(row["loss"]),

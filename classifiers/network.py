@@ -186,7 +186,10 @@ class Images:
         sizes, taken = self.group.bincount(minlength=int(other.group.max()) + 1), []
         for group in other.group.unique():
             members = (other.group == group).nonzero()[:, 0]
-            taken.append(members[:sizes.max() - sizes[group]] if filled else members)
+            if filled:  # as many as the group lacks, of all clusters
+                lacking = min(len(members), int(sizes.max() - sizes[group]))
+                members = members[torch.arange(lacking) * len(members) // max(lacking, 1)]
+            taken.append(members)
         taken, both = torch.cat(taken), copy.copy(self)
         both.rows = self.rows + [other.rows[i] for i in taken]
         both.pixels = self.pixels.joined(other.pixels, taken)

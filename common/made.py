@@ -125,9 +125,9 @@ def _states(path, names):
 
 
 def outside(path):
-    """The state of an input (listing()); None for a folder of data/ or runs/: it has a record."""
-    recorded = Path(path).parts[:1] in (("data",), ("runs",)) and not os.path.isfile(path)
-    return None if recorded else listing(path)
+    """The state of an input (listing()); None for a folder that a stage made: it has a record."""
+    ours = Path(path).parts[:1] in (("data",), ("runs",))
+    return None if ours and files.read_json(Path(path) / "config.json") else listing(path)
 
 
 def listing(path):

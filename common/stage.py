@@ -72,8 +72,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
         parsed = super().parse_args(*args)
         for name, value in vars(parsed).items():
-            if isinstance(value, Path):
-                setattr(parsed, name, value.expanduser())
+            if isinstance(value, Path) or value and name in ("base", "clip", "weights"):
+                setattr(parsed, name, type(value)(os.path.expanduser(value)))
         _check_out(parsed)
         return parsed
 
@@ -199,8 +199,9 @@ def outcome(failures):
 
 
 def _last_words(line):
-    if compute.FIRST or _working[0]:
-        print(" ".join(line.splitlines()), file=sys.stderr)
+    told = sys.stderr if compute.FIRST or _working[0] else _log[0]
+    if told:
+        print(" ".join(line.splitlines()), file=told, flush=True)
     return 2
 
 

@@ -27,7 +27,7 @@ def main(argv=None):
     code = made.code_digest(__file__, clip.__file__, models.__file__, imagefolder.load_image)
     key = files.digest(names, files.file_digests(args.data, names),
                        files.model_digest(args.clip), code)
-    if stage.is_made(args, key):
+    if compute.agreed(lambda: stage.is_made(args, key)):
         return
     device = compute.accelerator(args.device).device
     mine = clip.embed_images(clip.Clip(args.clip, device), args.data, rows, args.batch, args.cache)

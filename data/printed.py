@@ -50,7 +50,7 @@ def read(args):
             mean = np.array(list(COLOURS.values())[row["a"]])
             ink, ground = bent(glyph, rng)[..., None], mean + rng.integers(-25, 26, size=3)
             image = ((1 - ink) * ground + ink * 245).clip(0, 255).astype(np.uint8)
-            Image.fromarray(image).save(folder / Path(row["file_name"]).name)
+            Image.fromarray(image).save(folder / row["file_name"])
 
     return Found(write, rows)
 

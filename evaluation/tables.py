@@ -37,19 +37,6 @@ def interval_line(recipe, row, found, seeds, labels, references, groups):
             for key, value in line.items()}
 
 
-def latex(table, found):
-    """The first table as LaTeX, for a paper that uses booktabs."""
-    lines = []
-    for recipe, row in table.items():
-        accuracy = plus_minus(*row["worst_group"]).replace("±", r"\pm")
-        limits = "[{:.3f}, {:.3f}]".format(*found[recipe]["worst_group"])
-        lines.append(f"{recipe} & ${accuracy}$ & ${limits}$ & ${row['average_group'][0]:.3f}$ \\\\")
-    return "\n".join([
-        r"\begin{tabular}{lccc}", r"\toprule",
-        r"Recipe & Worst-group accuracy & 95\,\% interval & Average-group accuracy \\", r"\midrule",
-        *lines, r"\bottomrule", r"\end{tabular}", ""]).replace("_", r"\_")
-
-
 def averaged_over(predictions):
     """What means and stds are over: `3 seeds`, or `1 or 3 runs (...)`."""
     seeds = {len(seeds) for seeds in predictions.values()}

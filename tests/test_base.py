@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
-from base import pretrain
+from base import pretrain, training
 from common import imagefolder
 from data import printed
 
@@ -111,6 +111,33 @@ def test_a_killed_pretraining_resumes_to_the_same_bytes(dataset, tmp_path):
     assert "clip: 2 steps" in run(*command, "--out", tmp_path / "killed")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_checkpoint_within_a_network_resumes_exactly(tmp_path):
+    """Weights are channels_last, the checkpoint's file is not."""
+    def begun():
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(network.parameters(), 0.1, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return network, optimizer, schedule, training.Checkpoint(
+            tmp_path / "kept", "key", list(network.parameters()), optimizer, schedule)
+
+    def train(network, optimizer, schedule, checkpoint, steps):
+        for step in steps:
+            images = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(step))
+            network(images).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return [weight.detach().clone() for weight in network.parameters()]
+
+    whole = train(*begun(), range(6))
+    first, second = begun(), begun()
+    train(*first, range(3))
+    first[-1].save([{"step": step, "loss": 0.0, "learning_rate": 0.1} for step in range(3)])
+    assert len(second[-1].load()) == 3
+    assert all(map(torch.equal, train(*second, range(3, 6)), whole))
 
 
 def test_impossible_sizes_and_captions_are_refused(dataset, tmp_path):

@@ -131,3 +131,14 @@ def test_help_explains_every_flag(script):
     text = run(script, "--help")
     flags = [line for line in text.splitlines() if line.startswith("  --")]
     assert flags and "python " + script in text
+
+
+def test_an_input_below_data_that_no_stage_made_is_watched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data" / "raw"
+    root.mkdir(parents=True)
+    before = made.outside("data/raw")
+    (root / "1.jpg").write_text("an image")
+    assert None not in (before, made.outside("data/raw")) and made.outside("data/raw") != before
+    files.write_json(root / "config.json", {"key": "of a stage"})
+    assert made.outside("data/raw") is None

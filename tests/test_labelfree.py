@@ -231,6 +231,12 @@ def test_groups_whose_words_are_alike_are_drawn_as_one(
     assert "loss" not in run(*train, "--merge-above", -1)
     assert files.read_json(tmp_path / "models" / "config.json")["merged"] == [
         [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]
+    named = [row | {"text": f"{row['text']}, attribute {row['a']}"}
+             for row in files.read_csv(pseudo / "metadata.csv")]
+    shutil.copytree(pseudo, tmp_path / "named", symlinks=True)
+    files.write_csv(tmp_path / "named" / "metadata.csv", named)
+    run(*train[:-1], tmp_path / "of_named", "--data", tmp_path / "named", "--merge-above", -1)
+    assert files.read_json(tmp_path / "of_named" / "config.json")["merged"] == []  # other captions
     run("generate.py", "--base", base, "--clip", base / "clip", "--data", pseudo,
         "--models", tmp_path / "models", "--images", 8, "--rare", "own", "--steps", 2,
         "--embeddings", embeddings, "--batch", 8, "--out", tmp_path / "synthetic")

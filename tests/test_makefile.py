@@ -97,7 +97,8 @@ def test_launchers_of_accelerate_and_torch_stand_for_python_and_others_before_it
     for launch, command in (("nice", "nice .venv/bin/python data/embed.py"),
                             ("accelerate launch --num_processes 8",
                              "accelerate launch --num_processes 8 data/embed.py"),
-                            ("torchrun --standalone", "torchrun --standalone data/embed.py")):
+                            ("torchrun --standalone", "torchrun --standalone data/embed.py"),
+                            ("srun -n1 accelerate launch", "srun -n1 accelerate launch data/")):
         assert command in " ".join(make(house, "-n", "BIAS=0.9", f"LAUNCH={launch}").split())
 
 

@@ -27,8 +27,7 @@ def test_a_page_needs_no_network_escapes_every_text_and_flags_a_collapsed_classi
     predictions_of(tmp_path / "run" / "classifiers" / "erm" / "seed0", {})
     predictions_of(evil / "seed0", {(0, 0): 4, (0, 1): 4})  # says class 1 of everything
     run("evaluate.py", "--data", dataset, "--classifiers", evil,
-        tmp_path / "run" / "classifiers" / "erm", "--latex", "--out", tmp_path / "run" / "results")
-    assert "erm & $1.000" in (tmp_path / "run" / "results" / "results.tex").read_text()
+        tmp_path / "run" / "classifiers" / "erm", "--out", tmp_path / "run" / "results")
     run("evaluate.py", "--data", dataset, "--classifiers", evil,
         "--out", tmp_path / "run" / "ablations" / "k<script>")
     run("evaluation/report.py", "--run", tmp_path / "run", "--data", dataset,

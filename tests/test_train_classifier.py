@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -99,11 +100,12 @@ def sized_images(groups):
 
 
 def test_rare_groups_are_filled_with_synthetic_images_to_the_size_of_the_largest():
-    real, synthetic = sized_images([0, 0, 0, 0, 1]), sized_images([0, 0, 1, 1, 1, 1, 2, 2])
+    """And with images of all clusters, which follow one another."""
+    real, synthetic = sized_images([0, 0, 0, 0, 1]), sized_images([0, 0, 1, 1, 1, 1, 1, 1, 2, 2])
     filled, mixed = real.joined(synthetic, filled=True), real.joined(synthetic, filled=False)
     assert (filled.group.bincount().tolist() == [4, 4, 2]
-            and mixed.group.bincount().tolist() == [6, 5, 2])
-    assert (filled.pixels[torch.arange(5, 10)][:, 0, 0, 0].tolist() == [2, 3, 4, 6, 7]
+            and mixed.group.bincount().tolist() == [6, 7, 2])
+    assert (filled.pixels[torch.arange(5, 10)][:, 0, 0, 0].tolist() == [2, 4, 6, 8, 9]
             and len(filled.rows) == len(filled.y) == 10)
     assert len(real) == 5
 
@@ -486,3 +488,11 @@ def test_networks_that_cannot_be_used_are_refused_before_training(dataset, tmp_p
     run("train_classifier.py", "--recipe", "erm", "--data", dataset, "--arch", arch,
         "--out", tmp_path / "o", fails=message)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_tilde_in_a_setting_is_the_home_folder():
+    """Also where a hub id or a word may stand: make puts settings in quotes."""
+    args = train_classifier.parse(["--recipe", "erm", "--data", "d", "--out", "~/o", "--arch",
+                                   "resnet18", "--weights", "~/net.pth"])
+    assert args.weights == os.path.expanduser("~/net.pth")
+    assert str(args.out) == os.path.expanduser("~/o")

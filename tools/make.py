@@ -168,7 +168,7 @@ def read_plan(goals, plan):
     return needed
 
 
-def stale(asked, record, goals, *plan):
+def stale(asked, record, *plan):
     """Prints the config.json of each finished folder that is stale, for make to make it again.
 
     And `record`, unless check() wrote it for this plan. asked: the targets that one typed.
