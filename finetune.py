@@ -352,9 +352,7 @@ def publish(units, base_digest, args):
     """
     made.remove_other_units(args.out, {unit.name for unit in units})
     texts = {(row["y"], row["a"]): row["text"] for unit in units for row in unit.rows}
-    merged = training.merged_groups(args.out / units[0].name, args.merge_above)
-    merged = {(y, a): into for (y, a), into in merged.items()  # groups of other words stay apart
-              if texts[y, a] == texts[y, into]}
+    merged = training.merged_groups(args.out / units[0].name, args.merge_above, texts)
     draws = {}
     for unit in units:
         for row, template in zip(unit.rows, unit.templates):

@@ -227,11 +227,12 @@ class Checkpoint:
         return curve
 
 
-def merged_groups(unit, above):
+def merged_groups(unit, above, texts):
     """{(y, a): a of the group that it is drawn with}, for groups whose learned words are alike.
 
     By single linkage of the cosine distances of their embeddings, within each class (SAGE, Luo et
-    al. 2026); above: the least cosine similarity; 1: none.
+    al. 2026); above: the least cosine similarity; 1: none. texts: {(y, a): caption}; groups of
+    different captions stay apart.
     """
     if above == 1:
         return {}
@@ -241,8 +242,8 @@ def merged_groups(unit, above):
     linkage = AgglomerativeClustering(None, metric="cosine", linkage="single",
                                       distance_threshold=1 - above)
     groups = sorted(imagefolder.labels_of(word.strip("<>")) for word in words)
-    for y in {y for y, _ in groups}:
-        mine = [a for other, a in groups if other == y]
+    for y, text in sorted({(y, texts[y, a]) for y, a in groups}):
+        mine = [a for other, a in groups if other == y and texts[y, a] == text]
         if len(mine) > 1:
             embeddings = [words[f"<{imagefolder.group_name(y, a)}>"] for a in mine]
             labels = linkage.fit_predict(embeddings).tolist()
