@@ -101,8 +101,8 @@ SHARED := $(filter-out base/pretrain.py,$(wildcard common/*.py base/*.py classif
 RUNNER  = $(LAUNCH) $(if $(filter accelerate torchrun,$(notdir $(LAUNCH))),,$(PY))
 # accelerate starts the first Python in PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# On a CPU: glibc would give each step's memory back to the kernel, page by page, for it to be asked
-# for again, which took a quarter of a classifier's time. 32 MB is as far as glibc goes by itself.
+# On a CPU: by default glibc returns memory to the kernel and asks for it again at every step, which
+# takes up to a third of a classifier's time. 32 MB is the threshold that glibc itself rises to.
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 268435456
 $(call rule,$(DATA),$(prepare))

@@ -231,8 +231,8 @@ def save_sheet(path, data, rows, column):
     images, labels = [], []
     for c in range(1 + max(row[column] for row in rows)):
         members = [row for row in rows if row[column] == c]
-        shown = members[::max(1, len(members) // 20)][:20]
-        images.append([imagefolder.load_image(data / row["file_name"], 64) for row in shown])
+        images.append([imagefolder.load_image(data / row["file_name"], 64)
+                       for row in imagefolder.spread(members, 20)])
         labels.append(f"c{c} ({len(members)})")
     imagefolder.contact_sheet(images, labels).save(path)
 

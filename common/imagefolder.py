@@ -285,6 +285,11 @@ def progress(items, title, unit, **more):
     return tqdm(items, title, unit=unit, mininterval=1, disable=disable, **more)
 
 
+def spread(rows, most):
+    """Up to `most` rows, evenly spread: files stand in order, so that the first are of a kind."""
+    return rows[::max(1, len(rows) // most)][:most]
+
+
 def contact_sheet(rows, labels, cell=64):
     """A picture with one row of PIL images per label."""
     measure = ImageDraw.Draw(Image.new("1", (1, 1))).textlength

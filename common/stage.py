@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
         parsed = super().parse_args(*args)
         for name, value in vars(parsed).items():
-            if isinstance(value, Path) or value and name in ("base", "clip", "weights"):
+            if isinstance(value, (Path, str)):
                 setattr(parsed, name, type(value)(os.path.expanduser(value)))
         _check_out(parsed)
         return parsed

@@ -175,7 +175,7 @@ def save_sheet(path, rows, data):
     lines, labels = [], []
     for label, right in (("wrong", False), ("right", True)):
         members = [row for row in rows if (row["prediction"] == row["y"]) == right]
-        chosen = members[::max(1, len(members) // 16)][:16]
+        chosen = imagefolder.spread(members, 16)
         lines.append([imagefolder.load_image(data / row["file_name"], 64) for row in chosen])
         labels.append(f"{label} ({len(members)})")
     imagefolder.contact_sheet(lines, labels).save(path)

@@ -70,7 +70,7 @@ def images_by_group(path, titles, data, synthetic):
         for group, title in names.items():
             for name, source in sources.items():
                 members = [row for row in rows[name] if imagefolder.group_of(row) == group]
-                chosen = members[::max(1, len(members) // 16)][:16]
+                chosen = imagefolder.spread(members, 16)
                 lines.append([imagefolder.load_image(source / row["file_name"], 64)
                               for row in chosen])
                 labels.append(f"{title}: {name}")
