@@ -38,16 +38,18 @@ include evaluation/experiments.mk
 METHODS      := vanilla $(call named,%.finetune %.generate)
 MORE_RECIPES := $(call named,%.recipe %.images)
 
-# tools/make.py validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
+# tools/make.py runs at every make, before the installation with PYTHON; .venv's starts faster.
+PY      = .venv/bin/python
+TOOL   := $(or $(wildcard $(PY)),$(PYTHON)) tools/make.py
+# It validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
 quoted   = '$(subst ','\'',$1)'
-SETTLED := $(shell $(PYTHON) tools/make.py settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
+SETTLED := $(shell $(TOOL) settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
   DATASET BIAS BIASES RECIPES SEEDS MODEL_SEEDS KEEP_WEIGHTS CACHE MAKECMDGOALS METHODS \
   MORE_RECIPES,$(call quoted,$s=$($s))))
 $(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),tools/make.py failed)))
 $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
 
 # ---- the commands, in the order in which data flows; $1 is a method or a recipe -----------------
-PY       = .venv/bin/python
 seed     = $(firstword $(MODEL_SEEDS))
 DATA     = data/$(DATASET)-$(BIAS)
 # Inside $(foreach seed,$(MODEL_SEEDS),...) $(seed), and with it $(RUN), is that of another run.
@@ -135,7 +137,7 @@ $(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(ca
   $(error KEEP_WEIGHTS=no: $m needs the weights of $(call models,$m), use KEEP_WEIGHTS=yes))))
 
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours.
-STALE := $(shell $(PYTHON) tools/make.py stale '$(MAKECMDGOALS)' $(RUN)/.checked $(PLAN))
+STALE := $(shell $(TOOL) stale '$(MAKECMDGOALS)' $(RUN)/.checked $(PLAN))
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
 	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS) $(asked)' $(PLAN))
@@ -154,9 +156,9 @@ test torture: .venv/installed
 test-slurm: .venv/installed
 	TEST_SLURM=1 $(PY) -m pytest -q -s -rs --durations 0 tests/test_slurm.py
 status: export LOGS = $(RUN)/logs
-status: ; @$(PYTHON) tools/make.py status '$(GOALS)' $(PLAN)
+status: ; @$(TOOL) status '$(GOALS)' $(PLAN)
 help:
-	@$(PYTHON) tools/make.py help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
+	@$(TOOL) help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
 	  $(call quoted,$s=$($s)))
 clean: ; rm -rf $(foreach seed,$(MODEL_SEEDS),$(RUN))
 .venv/installed: requirements.txt

@@ -15,7 +15,6 @@ the units whose key differs.
 """
 
 import ast
-import importlib.metadata
 import inspect
 import json
 import os
@@ -63,12 +62,14 @@ def settings_of(args, *but):
 
 def finish(path, args, key, inputs=None, **more):
     """Writes PATH/config.json, the last file of a stage or a unit. inputs: {path: its state}."""
+    from importlib import metadata  # here, as `make` would wait for it each time
+
     if inputs is not None and not (path / ".stage").is_file():
         files.write_json(path / ".stage", {})
     files.write_json(path / "config.json", {
         "made_by": Path(sys.argv[0]).name, "command": sys.argv, "key": key,
         "arguments": json.loads(json.dumps(vars(args), default=str)),
-        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
         "inputs": inputs or {}, "files": _states(path, _names(path)), **more})
 
 
