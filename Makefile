@@ -38,15 +38,15 @@ include evaluation/experiments.mk
 METHODS      := vanilla $(call named,%.finetune %.generate)
 MORE_RECIPES := $(call named,%.recipe %.images)
 
-# tools/make.py runs at every make, before the installation with PYTHON; .venv's starts faster.
-PY      = .venv/bin/python
-TOOL   := $(or $(wildcard $(PY)),$(PYTHON)) tools/make.py
-# It validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
+# Two tools run at every make, also before the installation; the Python of .venv starts faster.
+PY       = .venv/bin/python
+ANY_PY  := $(or $(wildcard $(PY)),$(PYTHON))
+# This one validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
 quoted   = '$(subst ','\'',$1)'
-SETTLED := $(shell $(TOOL) settings $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
+SETTLED := $(shell $(ANY_PY) tools/settings.py settle $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \
   DATASET BIAS BIASES RECIPES SEEDS MODEL_SEEDS KEEP_WEIGHTS CACHE MAKECMDGOALS METHODS \
   MORE_RECIPES,$(call quoted,$s=$($s))))
-$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),tools/make.py failed)))
+$(if $(filter ok,$(firstword $(SETTLED))),,$(error $(or $(SETTLED),tools/settings.py failed)))
 $(foreach setting,$(wordlist 2,99,$(SETTLED)),$(eval override $(subst |, ,$(setting))))
 
 # ---- the commands, in the order in which data flows; $1 is a method or a recipe -----------------
@@ -85,7 +85,7 @@ classifiers = $(foreach seed,$(MODEL_SEEDS),$(foreach r,$1,$(if $(call method,$r
 # ---- the stages ---------------------------------------------------------------------------------
 # $(call rule,FOLDER,COMMAND) defines how a folder is made. It is made again when the script, shared
 # code or a folder among the command's flags is newer, or when it is STALE (common/made.py). PLAN
-# lists all folders with their commands, for tools/make.py.
+# lists all folders with their commands, for tools/plan.py.
 define stage
 PLAN += $(subst $(hash),\$(hash),$(call quoted,$1 $(call once,$2)))
 $1/config.json: export LOGS = $(RUN)/logs
@@ -137,10 +137,10 @@ $(if $(filter no,$(KEEP_WEIGHTS)),$(foreach m,$(DRAWN),$(if $(filter-out $m,$(ca
   $(error KEEP_WEIGHTS=no: $m needs the weights of $(call models,$m), use KEEP_WEIGHTS=yes))))
 
 # Every command is parsed before the first one runs: a wrong flag is reported now, not after hours.
-STALE := $(shell $(TOOL) stale '$(MAKECMDGOALS)' $(RUN)/.checked $(PLAN))
+STALE := $(shell $(ANY_PY) tools/plan.py stale '$(MAKECMDGOALS)' $(RUN)/.checked $(PLAN))
 $(STALE): FORCE
 $(RUN)/.checked: | .venv/installed
-	$(if $(dry),,@$(PY) tools/make.py check $@ '$(GOALS) $(asked)' $(PLAN))
+	$(if $(dry),,@$(PY) tools/plan.py check $@ '$(GOALS) $(asked)' $(PLAN))
 asked := $(addprefix $(RUN)/,$(filter failures,$(MAKECMDGOALS)))
 dry   := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 
@@ -156,10 +156,10 @@ test torture: .venv/installed
 test-slurm: .venv/installed
 	TEST_SLURM=1 $(PY) -m pytest -q -s -rs --durations 0 tests/test_slurm.py
 status: export LOGS = $(RUN)/logs
-status: ; @$(TOOL) status '$(GOALS)' $(PLAN)
+status: ; @$(ANY_PY) tools/plan.py status '$(GOALS)' $(PLAN)
 help:
-	@$(TOOL) help $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile), \
-	  $(call quoted,$s=$($s)))
+	@$(ANY_PY) tools/settings.py help \
+	  $(foreach s,$(shell sed -n 's/^\([A-Z_]*\) *?=.*/\1/p' Makefile),$(call quoted,$s=$($s)))
 clean: ; rm -rf $(foreach seed,$(MODEL_SEEDS),$(RUN))
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

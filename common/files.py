@@ -128,14 +128,14 @@ def file_digests(folder, names):
 
     A file of known path, size and modification time is not read again: CACHE keeps its digest.
     """
-    folder = Path(folder)
     memory = CACHE / f"{digest(os.path.realpath(folder))}.json"
     known, news, found = read_json(memory), False, {}
     for name in names:
-        stat = os.stat(folder / name)
+        path = os.path.join(folder, name)
+        stat = os.stat(path)
         state = [stat.st_size, stat.st_mtime_ns]
         if known.get(name, [None])[:2] != state:
-            with open(folder / name, "rb") as file:
+            with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
             known[name], news = [*state, content], True
         found[name] = known[name][2]

@@ -18,6 +18,7 @@ import ast
 import inspect
 import json
 import os
+import stat
 import sys
 import textwrap
 from pathlib import Path
@@ -83,7 +84,7 @@ def changed_files(path):
     """The files of a finished folder that are missing or not what they were; not its units'."""
     recorded = files.read_json(path / "config.json").get("files")
     recorded = recorded if isinstance(recorded, dict) else {}
-    now = _states(path, [name for name in recorded if os.path.lexists(path / name)])
+    now = _states(path, recorded)
     return [name for name in recorded if now.get(name) != recorded[name]]
 
 
@@ -116,9 +117,18 @@ def _names(top):
 
 
 def _states(path, names):
-    """{name: digest of the file, or where a link leads}"""
-    links = {name: os.readlink(path / name) for name in names if os.path.islink(path / name)}
-    plain = [name for name in names if name not in links and os.path.isfile(path / name)]
+    """{name: digest of the file, or where a link leads} of those that are there."""
+    links, plain = {}, []
+    for name in names:
+        file = os.path.join(path, name)  # a Path takes longer than the file system
+        try:
+            mode = os.lstat(file).st_mode
+        except OSError:
+            continue
+        if stat.S_ISLNK(mode):
+            links[name] = os.readlink(file)
+        elif stat.S_ISREG(mode):
+            plain.append(name)
     return links | files.file_digests(path, plain)
 
 
@@ -137,8 +147,8 @@ def listing(path):
     Quick, as no file is opened. Links are followed; hidden files do not count.
     """
     if os.path.isfile(path):
-        stat = os.stat(path)
-        return files.digest([stat.st_size, stat.st_mtime_ns])
+        state = os.stat(path)
+        return files.digest([state.st_size, state.st_mtime_ns])
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen:  # links in a circle
@@ -149,8 +159,8 @@ def listing(path):
         for name in names:
             file = os.path.join(folder, name)
             if not name.startswith("."):
-                stat = os.stat(file) if os.path.exists(file) else os.lstat(file)
-                found.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
+                state = os.stat(file) if os.path.exists(file) else os.lstat(file)
+                found.append([os.path.relpath(file, path), state.st_size, state.st_mtime_ns])
     return files.digest(sorted(found)) if seen else None
 
 

@@ -99,7 +99,7 @@ def test_a_log_ends_with_done_or_with_the_error_and_status_shows_it(dataset, emb
                 and lines[-1].startswith(last))
     plan = [f"{run_folder / name} cluster.py" for name in ("clusters", "modes")]
     goals = f"{run_folder / 'clusters'} {run_folder / 'modes'}"
-    status = (sys.executable, ROOT / "tools" / "make.py", "status", goals, *plan)
+    status = (sys.executable, ROOT / "tools" / "plan.py", "status", goals, *plan)
     shown = subprocess.run(status, capture_output=True, text=True, env=logs).stdout.splitlines()
     assert shown[0].endswith(" done")
     assert ("failed: cluster.py: error: " in shown[1]

@@ -10,7 +10,7 @@ from conftest import ROOT, environment, files_of, new_house, run, slow
 
 from common import files
 from data.prepare import subsample
-from tools import make as plans
+from tools import plan as plans
 from tools import projection
 
 SETTINGS = ("dryrun", "RECIPES=erm lora", "DRYRUN=--photos 8",

@@ -438,7 +438,7 @@ def test_status_counts_no_more_images_than_are_wanted(tmp_path):
         for i in range(drawn):
             (synthetic / f".{unit}.partial" / f"{i:05}.png").touch()
     files.write_json(synthetic / ".stage", {"wanted": {"y0-a0": 6, "y0-a1": 6}})
-    status = [sys.executable, ROOT / "tools" / "make.py", "status", str(synthetic),
+    status = [sys.executable, ROOT / "tools" / "plan.py", "status", str(synthetic),
               f"{synthetic} generate.py"]
     assert subprocess.run(status, capture_output=True, text=True).stdout.endswith(
         "10 of 12 images done, to do\n")
