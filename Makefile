@@ -38,9 +38,9 @@ include evaluation/experiments.mk
 METHODS      := vanilla $(call named,%.finetune %.generate)
 MORE_RECIPES := $(call named,%.recipe %.images)
 
-# Two tools run at every make, also before the installation; the Python of .venv starts faster.
+# Two tools run at every make, also before the installation; they need no packages (-S).
 PY       = .venv/bin/python
-ANY_PY  := $(or $(wildcard $(PY)),$(PYTHON))
+ANY_PY  := $(or $(wildcard $(PY)),$(PYTHON)) -S
 # This one validates settings and gives each its one form (BIAS=.950 is 0.95); | is a blank.
 quoted   = '$(subst ','\'',$1)'
 SETTLED := $(shell $(ANY_PY) tools/settings.py settle $(call quoted,$(MAKEOVERRIDES)) $(foreach s, \

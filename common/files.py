@@ -123,21 +123,22 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_digests(folder, names):
+def file_digests(folder, names, states={}):
     """{name: digest of the file's bytes} for files of a folder.
 
     A file of known path, size and modification time is not read again: CACHE keeps its digest.
+    states: {name: os.stat() of it}, of those where it is known.
     """
     memory = CACHE / f"{digest(os.path.realpath(folder))}.json"
     known, news, found = read_json(memory), False, {}
     for name in names:
         path = os.path.join(folder, name)
-        stat = os.stat(path)
-        state = [stat.st_size, stat.st_mtime_ns]
-        if known.get(name, [None])[:2] != state:
+        state = states.get(name) or os.stat(path)
+        now = [state.st_size, state.st_mtime_ns]
+        if known.get(name, [None])[:2] != now:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            known[name], news = [*state, content], True
+            known[name], news = [*now, content], True
         found[name] = known[name][2]
     if news:
         try:

@@ -14,16 +14,15 @@ command line differs, or when was_changed() says so; the stage then compares key
 the units whose key differs.
 """
 
-import ast
-import inspect
 import json
 import os
 import stat
 import sys
-import textwrap
 from pathlib import Path
 
 from common import files
+
+# ast, inspect and others are imported where they are used: each `make` waits for was_changed().
 
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate",
              "scikit-learn", "numpy", "pillow")
@@ -37,6 +36,10 @@ def code_digest(*parts):
 
     Comments, docstrings and help texts do not count.
     """
+    import ast
+    import inspect
+    import textwrap
+
     trees = []
     for part in parts:
         code = inspect.getsource(part) if callable(part) else Path(part).read_text(encoding="utf-8")
@@ -63,7 +66,7 @@ def settings_of(args, *but):
 
 def finish(path, args, key, inputs=None, **more):
     """Writes PATH/config.json, the last file of a stage or a unit. inputs: {path: its state}."""
-    from importlib import metadata  # here, as `make` would wait for it each time
+    from importlib import metadata
 
     if inputs is not None and not (path / ".stage").is_file():
         files.write_json(path / ".stage", {})
@@ -77,12 +80,17 @@ def finish(path, args, key, inputs=None, **more):
 def is_finished(path, key):
     """Whether a folder was made for this key, and is as it was then."""
     config = files.read_json(path / "config.json")
-    return config.get("key") == key and bool(config.get("files")) and not changed_files(path)
+    return bool(config.get("key") == key and config.get("files")
+                and not changed_files(path, config))
 
 
-def changed_files(path):
-    """The files of a finished folder that are missing or not what they were; not its units'."""
-    recorded = files.read_json(path / "config.json").get("files")
+def changed_files(path, config=None):
+    """The files of a finished folder that are missing or not what they were; not its units'.
+
+    config: what its config.json holds, if that is read already.
+    """
+    config = files.read_json(path / "config.json") if config is None else config
+    recorded = config.get("files")
     recorded = recorded if isinstance(recorded, dict) else {}
     now = _states(path, recorded)
     return [name for name in recorded if now.get(name) != recorded[name]]
@@ -118,18 +126,18 @@ def _names(top):
 
 def _states(path, names):
     """{name: digest of the file, or where a link leads} of those that are there."""
-    links, plain = {}, []
+    links, plain = {}, {}
     for name in names:
         file = os.path.join(path, name)  # a Path takes longer than the file system
         try:
-            mode = os.lstat(file).st_mode
+            state = os.lstat(file)
         except OSError:
             continue
-        if stat.S_ISLNK(mode):
+        if stat.S_ISLNK(state.st_mode):
             links[name] = os.readlink(file)
-        elif stat.S_ISREG(mode):
-            plain.append(name)
-    return links | files.file_digests(path, plain)
+        elif stat.S_ISREG(state.st_mode):
+            plain[name] = state
+    return links | files.file_digests(path, plain, plain)
 
 
 # -------------------------------------------------------------------------------- stale folders
@@ -172,6 +180,6 @@ def was_changed(folder):
         return (folder / ".stage").is_file() and (folder / "config.json").is_file()
     units = [(folder / name).parent for name in config.get("files", {})
              if name.endswith("/config.json")]
-    return (any(changed_files(path) for path in (folder, *units))
+    return (bool(changed_files(folder, config)) or any(map(changed_files, units))
             or any(os.path.exists(path) and listing(path) != state
                    for path, state in config.get("inputs", {}).items()))
