@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from common import clip, files, imagefolder, stage
 from data import prepare
 from evaluation import figures
-from tools import make, projection
+from tools import plan, projection
 from tools.projection import EVERY, GROUPS
 
 np = stage.lazy("numpy")
@@ -241,7 +241,7 @@ def models_of(commands, args):
 def main(argv=None):
     args = parse(argv)
     stage.begin(args)
-    commands = projection.read_commands(make.read_plan(args.plan[0], args.plan[1:]))
+    commands = projection.read_commands(plan.read_plan(args.plan[0], args.plan[1:]))
     counts, source = projection.counts_of(Path("data") / f"{args.dataset}-{args.bias}",
                                           args.dataset, args.bias, prepare.subsample)
     stage.start(args, {})

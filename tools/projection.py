@@ -55,7 +55,7 @@ class Command:
 
 
 def read_commands(plan):
-    """The commands that are measured. plan: {folder: words}, of tools.make.read_plan()."""
+    """The commands that are measured. plan: {folder: words}, of tools.plan.read_plan()."""
     commands, rows = [], {}
     for folder, words in plan.items():
         script, name = words[0], folder.rpartition("/")[2]
