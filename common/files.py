@@ -123,22 +123,22 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_digests(folder, names, states={}):
+def file_digests(folder, names, stats={}):
     """{name: digest of the file's bytes} for files of a folder.
 
     A file of known path, size and modification time is not read again: CACHE keeps its digest.
-    states: {name: os.stat() of it}, of those where it is known.
+    stats: {name: its os.stat()}, for names of which it is known.
     """
     memory = CACHE / f"{digest(os.path.realpath(folder))}.json"
     known, news, found = read_json(memory), False, {}
     for name in names:
         path = os.path.join(folder, name)
-        state = states.get(name) or os.stat(path)
-        now = [state.st_size, state.st_mtime_ns]
-        if known.get(name, [None])[:2] != now:
+        stat = stats.get(name) or os.stat(path)
+        state = [stat.st_size, stat.st_mtime_ns]
+        if known.get(name, [None])[:2] != state:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            known[name], news = [*now, content], True
+            known[name], news = [*state, content], True
         found[name] = known[name][2]
     if news:
         try:

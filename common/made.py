@@ -16,9 +16,9 @@ the units whose key differs.
 
 import json
 import os
-import stat
 import sys
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 
 from common import files
 
@@ -130,13 +130,13 @@ def _states(path, names):
     for name in names:
         file = os.path.join(path, name)  # a Path takes longer than the file system
         try:
-            state = os.lstat(file)
-        except OSError:
+            stat = os.lstat(file)
+        except (OSError, ValueError):  # as os.path.lexists()
             continue
-        if stat.S_ISLNK(state.st_mode):
+        if S_ISLNK(stat.st_mode):
             links[name] = os.readlink(file)
-        elif stat.S_ISREG(state.st_mode):
-            plain[name] = state
+        elif S_ISREG(stat.st_mode):
+            plain[name] = stat
     return links | files.file_digests(path, plain, plain)
 
 
@@ -155,8 +155,8 @@ def listing(path):
     Quick, as no file is opened. Links are followed; hidden files do not count.
     """
     if os.path.isfile(path):
-        state = os.stat(path)
-        return files.digest([state.st_size, state.st_mtime_ns])
+        stat = os.stat(path)
+        return files.digest([stat.st_size, stat.st_mtime_ns])
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen:  # links in a circle
@@ -167,15 +167,17 @@ def listing(path):
         for name in names:
             file = os.path.join(folder, name)
             if not name.startswith("."):
-                state = os.stat(file) if os.path.exists(file) else os.lstat(file)
-                found.append([os.path.relpath(file, path), state.st_size, state.st_mtime_ns])
+                stat = os.stat(file) if os.path.exists(file) else os.lstat(file)
+                found.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
     return files.digest(sorted(found)) if seen else None
 
 
-def was_changed(folder):
-    """Whether a finished folder, a unit in it, or an input from outside is not what it was."""
+def was_changed(folder, config):
+    """Whether a finished folder, a unit in it, or an input from outside is not what it was.
+
+    config: what its config.json holds.
+    """
     folder = Path(folder)
-    config = files.read_json(folder / "config.json")
     if "key" not in config:  # half a file
         return (folder / ".stage").is_file() and (folder / "config.json").is_file()
     units = [(folder / name).parent for name in config.get("files", {})

@@ -52,14 +52,15 @@ def stale(asked, record, *plan):
     found = [] if checked == "\n".join([*plan, ""]) else [record]
     for entry in plan:
         folder, command = entry.split(maxsplit=1)
-        config = f"{folder}/config.json"
-        done = files.read_json(config).get("command")  # with --out FOLDER at its end
-        if made.was_changed(folder):
+        path = f"{folder}/config.json"
+        config = files.read_json(path)
+        done = config.get("command")  # with --out FOLDER at its end
+        if made.was_changed(folder, config):
             print(f"note: {folder}: its files or inputs were changed, it is made again",
                   file=sys.stderr)
-            found.append(config)
+            found.append(path)
         elif done and list(map(os.path.expanduser, done[:-2])) != words_of(command):
-            found.append(config)
+            found.append(path)
     print(*found)
 
 
